@@ -82,14 +82,14 @@ def problems(machine: Machine) -> list[str]:
         name = machine.smi_gpus[0].name
         if machine.torch_cuda is None:
             found.append(
-                f"nvidia-smi sees a GPU ({name}) but torch {machine.torch} is a CPU build. Run `make clean-env setup` to "
-                "install a CUDA build; if that brings a CPU build again, your pip settings name an index or folder "
+                f"nvidia-smi sees a GPU ({name}) but torch {machine.torch} is a CPU build. Run `make clean-env setup` "
+                "to install a CUDA build; if that brings a CPU build again, your pip settings name an index or folder "
                 "that has only CPU builds. With PYTHON=..., install a CUDA build of torch there."
             )
         else:
             found.append(
-                f"nvidia-smi sees a GPU ({name}) but torch {machine.torch}, built for CUDA {machine.torch_cuda}, cannot "
-                f"use it: {machine.torch_cuda_error or 'torch gives no reason'}. Usual causes: driver "
+                f"nvidia-smi sees a GPU ({name}) but torch {machine.torch}, built for CUDA {machine.torch_cuda}, "
+                f"cannot use it: {machine.torch_cuda_error or 'torch gives no reason'}. Usual causes: driver "
                 f"{machine.driver or '(unknown)'} is too old for that CUDA release (update the driver), "
                 "CUDA_VISIBLE_DEVICES hides the GPU, or a container was started without it."
             )
@@ -136,7 +136,7 @@ def _gradable_triton(machine: Machine, gpu: Gpu | None, no_gpu: str) -> tuple[st
     if gpu is None:
         return (
             PARTLY,
-            f"{no_gpu}: all answers are graded on the CPU, the kernels through Triton's interpreter; not speed",
+            f"{no_gpu}: all answers are graded on the CPU, kernels through Triton's interpreter; not speed",
         )
     if not _triton_can_launch(machine):
         return PARTLY, "the Python part; Triton cannot build its launcher (see below)"
