@@ -1,0 +1,1 @@
+"""What every chapter shares: the gold reference, the error rule, HBM/SRAM accounting, grading, benchmark and plots."""

@@ -1,0 +1,54 @@
+"""The chapters of the course and where their files live."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+@dataclass(frozen=True)
+class Chapter:
+    """One chapter: `files` are the learner's files, cut from the solution's files of the same names."""
+
+    number: int
+    slug: str
+    title: str
+    hours: float
+    files: tuple[str, ...]
+
+    @property
+    def folder(self) -> str:
+        """Folder name below chapters/, solutions/ and tests/, such as `03_fa1`."""
+        return f"{self.number:02d}_{self.slug}"
+
+    @property
+    def room(self) -> Path:
+        """The learner's folder: lesson, stubs, hints."""
+        return ROOT / "chapters" / self.folder
+
+    @property
+    def solution(self) -> Path:
+        """The folder of the complete files."""
+        return ROOT / "solutions" / self.folder
+
+    @property
+    def tests(self) -> Path:
+        """The folder of the graded checks."""
+        return ROOT / "tests" / self.folder
+
+
+CHAPTERS = (
+    Chapter(1, "naive", "Naive attention and the roofline", 1.5, ("naive.py",)),
+    Chapter(2, "online_softmax", "Online softmax", 2.0, ("online_softmax.py",)),
+    Chapter(3, "fa1", "FlashAttention-1: tiling", 4.0, ("fa1_tiled.py", "fa1_triton.py")),
+    Chapter(4, "fa2", "FlashAttention-2: loop order and work partitioning", 4.0, ("fa2_tiled.py", "fa2_triton.py")),
+)
+
+
+def chapter(number: int) -> Chapter:
+    """The chapter with this number; ValueError naming the chapters that exist otherwise."""
+    for candidate in CHAPTERS:
+        if candidate.number == number:
+            return candidate
+    known = ", ".join(str(c.number) for c in CHAPTERS)
+    raise ValueError(f"no chapter {number}: the chapters are {known}")

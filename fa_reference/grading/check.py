@@ -1,0 +1,31 @@
+"""What a graded check is: a pytest function with a name, points, and what it needs to run."""
+
+from collections.abc import Callable
+
+import pytest
+
+
+class CheckFailed(AssertionError):
+    """A check's verdict in words for the learner."""
+
+
+class NotWritten(CheckFailed):
+    """The learner has not written this part yet: the stub's own words."""
+
+
+# What a check may need beyond any machine, and the reason given where it is missing.
+NEEDS = {
+    "gpu": "no CUDA GPU on this machine",
+    "hopper": "no Hopper GPU (H100, H200) on this machine",
+}
+
+
+def check(name: str, *, points: int = 1, needs: str | None = None) -> Callable[[Callable], Callable]:
+    """Mark a pytest function as a graded check.
+
+    `name` states the property in words; `needs` is a key of NEEDS, without which the check is reported as not graded
+    here. The file that is graded follows from the test module: test_naive.py grades naive.py.
+    """
+    if needs is not None and needs not in NEEDS:
+        raise ValueError(f"needs is {needs!r}; allowed: {', '.join(NEEDS)}")
+    return pytest.mark.check(name=name, points=points, needs=needs)

@@ -1,0 +1,212 @@
+"""Name the likely bug: compare a wrong output with the outputs of well-known wrong attentions.
+
+Each suspect is attention with exactly one mistake, computed in float64. If the learner's output is much closer to a
+suspect than to the truth, the suspect's name goes into the failure message.
+"""
+
+from collections.abc import Callable, Iterator
+from math import ceil, log2
+
+import torch
+from torch import Tensor
+
+from fa_reference.gold import default_scale, gold_attention
+
+BLOCKS = (16, 32, 64, 128)
+# A suspect is named if the output lies this many times closer to it than to the truth.
+CLOSER = 8.0
+
+
+class Problem:
+    """One attention problem in float64 with keys and values repeated to the query heads, and its masked scores."""
+
+    def __init__(self, q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float | None) -> None:
+        group = q.shape[1] // k.shape[1]
+        self.q, self.causal, self.heads_kv = q.double(), causal, k.shape[1]
+        self.k = k.double().repeat_interleave(group, dim=1)
+        self.v = v.double().repeat_interleave(group, dim=1)
+        self.swapped = [x.double().repeat(1, group, 1, 1) for x in (k, v)]
+        self.scale = default_scale(q.shape[-1]) if scale is None else scale
+        self.len_q, self.len_k = q.shape[2], k.shape[2]
+
+    def attention(
+        self,
+        *,
+        scale: float | None = None,
+        offset: int | None = None,
+        masked: bool = True,
+        keys: slice = slice(None),
+        zero_keys: int = 0,
+        kv: list[Tensor] | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """(o, lse) with chosen mistakes: another scale or causal offset, fewer keys, `zero_keys` extra keys of 0."""
+        k, v = kv or (self.k, self.v)
+        scores = self.q @ k.mT * (self.scale if scale is None else scale)
+        if self.causal and masked:
+            offset = self.len_k - self.len_q if offset is None else offset
+            i = torch.arange(self.len_q)[:, None]
+            scores = scores.masked_fill(torch.arange(self.len_k)[None, :] > i + offset, -torch.inf)
+        scores, v = scores[..., keys], v[..., keys, :]
+        if zero_keys:
+            scores = torch.nn.functional.pad(scores, (0, zero_keys))
+            v = torch.nn.functional.pad(v, (0, 0, 0, zero_keys))
+        if scores.shape[-1] == 0:
+            return torch.zeros_like(self.q), torch.full(self.q.shape[:3], -torch.inf, dtype=torch.float64)
+        lse = torch.logsumexp(scores, -1)
+        return torch.exp(scores - lse[..., None].nan_to_num(neginf=0.0)) @ v, lse
+
+    def online(self, block: int, *, rescale_o: bool = True, rescale_l: bool = True, inverted: bool = False) -> Tensor:
+        """o of a blockwise online softmax with the rescaling of O, of l, or its sign broken."""
+        scores = self.q @ self.k.mT * self.scale
+        if self.causal:
+            i = torch.arange(self.len_q)[:, None]
+            hidden = torch.arange(self.len_k)[None, :] > i + self.len_k - self.len_q
+            scores = scores.masked_fill(hidden, -torch.inf)
+        m = torch.full((*self.q.shape[:3], 1), -torch.inf, dtype=torch.float64)
+        l, o = torch.zeros_like(m), torch.zeros_like(self.q)
+        for start in range(0, self.len_k, block):
+            s = scores[..., start : start + block]
+            m_new = torch.maximum(m, s.amax(-1, keepdim=True))
+            safe = m_new.nan_to_num(neginf=0.0)
+            p, alpha = torch.exp(s - safe), torch.exp(m - safe)
+            if inverted:
+                alpha = torch.where(alpha > 0, 1 / alpha, alpha)
+            l = l * (alpha if rescale_l else 1) + p.sum(-1, keepdim=True)
+            o = o * (alpha if rescale_o else 1) + p @ self.v[..., start : start + block, :]
+            m = m_new
+        return o / torch.where(l == 0, 1, l)
+
+
+Suspect = tuple[str, Callable[[], tuple[Tensor | None, Tensor | None]]]
+
+
+def suspects(p: Problem) -> Iterator[Suspect]:
+    """The wrong attentions worth comparing with on this problem: (name of the bug, how to compute its o and lse)."""
+    gap = p.len_k - p.len_q
+    if abs(p.scale - 1) > 1e-6:
+        yield "the scale is missing: multiply the scores by `scale`", lambda: p.attention(scale=1.0)
+        yield "the scale is applied twice", lambda: p.attention(scale=p.scale**2)
+        usual = default_scale(p.q.shape[-1])
+        if abs(p.scale - usual) > 1e-6:
+            yield "the `scale` argument is ignored: 1/sqrt(d) is used", lambda: p.attention(scale=usual)
+    if p.causal:
+        yield "the causal mask is missing", lambda: p.attention(masked=False)
+        if gap:
+            yield (
+                "the causal mask is aligned top-left (j <= i); bottom-right is wanted (j <= i + len_k - len_q)",
+                lambda: p.attention(offset=0),
+            )
+        yield "the causal mask is off by one: the diagonal is hidden too", lambda: p.attention(offset=gap - 1)
+        yield "the causal mask is off by one: one key of the future is seen", lambda: p.attention(offset=gap + 1)
+    if p.heads_kv > 1 and p.heads_kv < p.q.shape[1]:
+        yield (
+            "query heads read the wrong KV head: query head h belongs to KV head h // (heads_q / heads_kv)",
+            lambda: p.attention(kv=p.swapped),
+        )
+    for block in BLOCKS:
+        padding = -p.len_k % block
+        if padding:
+            yield (
+                f"the tail is not masked: the last block of {block} keys is filled up with {padding} keys of score 0",
+                lambda n=padding: p.attention(zero_keys=n),
+            )
+            yield (
+                f"the tail is dropped: the last {p.len_k % block} keys, too few to fill a block of {block}, are missing",
+                lambda n=block: p.attention(keys=slice(p.len_k - p.len_k % n)),
+            )
+        last = (ceil(p.len_k / block) - 1) * block
+        if last > 0:
+            yield f"the last block of {block} keys is skipped", lambda n=last: p.attention(keys=slice(n))
+            yield f"the first block of {block} keys is skipped", lambda n=block: p.attention(keys=slice(n, None))
+            for words, broken in (
+                ("O is not rescaled when the running maximum grows", {"rescale_o": False}),
+                ("l is not rescaled when the running maximum grows", {"rescale_l": False}),
+                (
+                    "neither O nor l is rescaled when the running maximum grows",
+                    {"rescale_o": False, "rescale_l": False},
+                ),
+                (
+                    "the rescale factor has the wrong sign: exp(m_old - m_new), not exp(m_new - m_old)",
+                    {"inverted": True},
+                ),
+            ):
+                yield f"{words} (blocks of {block} keys)", lambda n=block, b=broken: (p.online(n, **b), None)
+    yield "the last key is missing", lambda: p.attention(keys=slice(p.len_k - 1))
+    yield "O is all zeros", lambda: (torch.zeros_like(p.q), None)
+
+
+def _distance(x: Tensor, y: Tensor) -> float:
+    both = (x == y) | (x.isinf() & y.isinf())
+    return float(torch.where(both, 0.0, (x.double() - y.double()).abs()).nan_to_num(nan=1e30).square().mean().sqrt())
+
+
+def _lse_bugs(lse: Tensor, gold: Tensor, p: Problem) -> Iterator[tuple[str, Tensor]]:
+    scores = p.q @ p.k.mT * p.scale
+    if p.causal:
+        i = torch.arange(p.len_q)[:, None]
+        scores = scores.masked_fill(torch.arange(p.len_k)[None, :] > i + p.len_k - p.len_q, -torch.inf)
+    maximum = scores.amax(-1) if p.len_k else torch.full_like(gold, -torch.inf)
+    yield "lse is in base 2: the natural logarithm is wanted (multiply by ln 2)", gold * log2(torch.e)
+    yield "lse lacks the maximum: lse = m + log(l)", gold - maximum
+    yield "lse is the maximum alone: lse = m + log(l)", maximum
+    yield "lse is not the logarithm: log(l) + m is wanted, not l", gold.exp()
+    yield "lse has the wrong sign", -gold
+
+
+def _not_finite(o: Tensor, lse: Tensor, gold_lse: Tensor) -> str | None:
+    bad = ~o.isfinite()
+    if bad.any():
+        rows = bad.any(-1).nonzero()
+        empty = (gold_lse == -torch.inf) & bad.any(-1)
+        if bad.any(-1).all() and bad.all():
+            return "O is NaN or infinite everywhere: was it written at all, or did an exponential overflow?"
+        if empty.any() and not (bad.any(-1) & ~empty).any():
+            return "rows without a visible key give NaN: O must be 0 there and lse -inf (exp(-inf - -inf) is NaN)"
+        b, h, i = rows[0].tolist()
+        return (
+            f"O is NaN or infinite in {len(rows)} rows, first at batch {b}, head {h}, row {i}: not written, "
+            "read past the end of a tensor, or an exponential overflowed (subtract the maximum)"
+        )
+    if lse.isnan().any():
+        return "lse is NaN in some rows: a row without keys has lse = -inf"
+    return None
+
+
+def diagnose(
+    o: Tensor, lse: Tensor, q: Tensor, k: Tensor, v: Tensor, *, causal: bool, scale: float | None
+) -> str | None:
+    """The likely bug behind a wrong (o, lse), in words; None if nothing known fits. Meant for small problems."""
+    gold_o, gold_lse = gold_attention(q, k, v, causal=causal, scale=scale)
+    broken = _not_finite(o, lse, gold_lse)
+    if broken:
+        return broken
+    problem = Problem(q, k, v, causal, scale)
+    off = _distance(o, gold_o)
+    size = float(gold_o.square().mean().sqrt())
+    if off < 2e-2 * size:
+        off_lse = _distance(lse, gold_lse)
+        for words, wrong in _lse_bugs(lse, gold_lse, problem):
+            if _distance(lse, wrong) * CLOSER < off_lse:
+                return words
+        if o.dtype != torch.float32 or off < 1e-3 * size:
+            return "nearly right, but not precise enough: keep scores, statistics and accumulators in float32"
+    best, words = off / CLOSER, None
+    for name, compute in suspects(problem):
+        wrong_o, _ = compute()
+        if _distance(wrong_o, gold_o) * 2 > off / 2 and _distance(o, wrong_o) < best:
+            best, words = _distance(o, wrong_o), name
+    return words or _where_it_grows(o, gold_o)
+
+
+def _where_it_grows(o: Tensor, gold_o: Tensor) -> str | None:
+    """Describe where the error sits: by rows, or by heads."""
+    error = (o.double() - gold_o).abs().amax(-1)
+    scale = float(gold_o.abs().amax())
+    wrong = error > 0.02 * scale
+    if not wrong.any() or wrong.all():
+        return None
+    heads = wrong.any(-1)
+    if not heads.all():
+        return f"only some heads are wrong: (batch, head) = {heads.nonzero().tolist()[:6]}"
+    rows = wrong.any(0).any(0).nonzero().flatten()
+    return f"only {len(rows)} of {o.shape[2]} rows are wrong, from row {int(rows[0])} to row {int(rows[-1])}"

@@ -1,0 +1,103 @@
+"""What a grading run found, printed as it happens and kept as data."""
+
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from textwrap import indent
+
+from rich.console import Console
+from rich.markup import escape
+
+from fa_reference.course import Chapter
+
+PASSED, FAILED, NOT_GRADED = "passed", "failed", "not graded here"
+MARKS = {PASSED: "[green]✓[/]", FAILED: "[red]✗[/]", NOT_GRADED: "[yellow]–[/]"}
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """One check's result: `message` is the failure, or the reason why it was not graded here."""
+
+    name: str
+    file: str
+    points: int
+    state: str
+    message: str = ""
+    printed: str = ""
+
+
+@dataclass
+class Report:
+    """All outcomes of one grading run of one folder."""
+
+    where: Chapter
+    folder: Path
+    whose: str
+    outcomes: list[Outcome] = field(default_factory=list)
+    console: Console = field(default_factory=lambda: Console(highlight=False, soft_wrap=True))
+
+    def of(self, state: str) -> list[Outcome]:
+        """The outcomes in one of the three states."""
+        return [o for o in self.outcomes if o.state == state]
+
+    @property
+    def failed(self) -> list[Outcome]:
+        """Failed checks."""
+        return self.of(FAILED)
+
+    @property
+    def graded(self) -> list[Outcome]:
+        """Checks that ran: passed or failed."""
+        return self.of(PASSED) + self.of(FAILED)
+
+    def begin(self) -> None:
+        """Print what is graded: always the first line."""
+        self.console.print(f"Grading [bold]{escape(str(self.folder))}[/] ({self.whose})")
+        self.console.print(f"Chapter {self.where.number}: {self.where.title}\n")
+
+    def add(self, outcome: Outcome) -> None:
+        """Keep and print one outcome."""
+        if not self.outcomes or self.outcomes[-1].file != outcome.file:
+            self.console.print(f"[bold]{outcome.file}[/]")
+        self.outcomes.append(outcome)
+        got = outcome.points if outcome.state == PASSED else 0
+        points = "" if outcome.state == NOT_GRADED else f"  [dim]{got}/{outcome.points}[/]"
+        self.console.print(f"  {MARKS[outcome.state]} {escape(outcome.name)}{points}")
+        if outcome.state == NOT_GRADED:
+            self.console.print(f"      [yellow]not graded here[/] ({escape(outcome.message)})")
+        elif outcome.message:
+            self.console.print(indent(escape(outcome.message), "      "))
+        if outcome.printed:
+            self.console.print(indent("your code printed:\n" + escape(outcome.printed), "      "), style="dim")
+
+    def finish(self) -> None:
+        """Print the totals of the three outcomes."""
+        passed, failed, not_graded = (self.of(s) for s in (PASSED, FAILED, NOT_GRADED))
+        points = sum(o.points for o in passed)
+        possible = sum(o.points for o in self.graded)
+        self.console.print(
+            f"\n[green]{len(passed)} passed[/], [red]{len(failed)} failed[/], "
+            f"[yellow]{len(not_graded)} not graded here[/]: {points} of {possible} points"
+            + (f" ({sum(o.points for o in not_graded)} more need other hardware)" if not_graded else "")
+        )
+        if not self.graded:
+            self.console.print("Nothing could be graded on this machine.")
+        elif failed and self.whose == "your files":
+            self.console.print(f"Stuck? make hint CHAPTER={self.where.number}")
+        elif not failed and self.whose == "your files":
+            solution = self.where.solution.relative_to(self.where.solution.parents[1])
+            self.console.print(f"Well done. Compare with {solution}/ now, and see the lesson's last section.")
+
+    def as_dict(self) -> dict:
+        """The report as data: folder, outcomes, totals."""
+        return {
+            "schema_version": 1,
+            "chapter": self.where.number,
+            "title": self.where.title,
+            "folder": str(self.folder),
+            "graded": self.whose,
+            "points": sum(o.points for o in self.of(PASSED)),
+            "points_possible": sum(o.points for o in self.graded),
+            "points_not_graded_here": sum(o.points for o in self.of(NOT_GRADED)),
+            "totals": {state: len(self.of(state)) for state in (PASSED, FAILED, NOT_GRADED)},
+            "checks": [asdict(o) for o in self.outcomes],
+        }

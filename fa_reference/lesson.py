@@ -1,0 +1,73 @@
+"""What lessons share: whose code they run, how figures look, and the recorded GPU results."""
+
+import json
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from fa_reference.course import ROOT, chapter
+from fa_reference.grading.progress import passes
+from fa_reference.versions import load_file
+
+# Okabe and Ito's palette, told apart by colour-blind readers too; one colour a version in every figure of the course.
+COLOURS = {
+    "naive": "#D55E00",
+    "explicit": "#999999",
+    "online_softmax": "#CC79A7",
+    "fa1": "#E69F00",
+    "fa1_triton": "#E69F00",
+    "fa2": "#0072B2",
+    "fa2_triton": "#0072B2",
+    "math": "#000000",
+    "torch_fa2": "#56B4E9",
+    "cudnn": "#009E73",
+    "fa3": "#882255",
+    "fa4": "#44AA99",
+}
+
+
+def solution(number: int, file: str) -> ModuleType:
+    """The reference solution of a file of chapter `number`, as a module."""
+    return load_file(chapter(number).solution / file)
+
+
+def answer(number: int, file: str) -> ModuleType:
+    """The learner's file once it has passed all its checks (as it is now), else the solution; prints which."""
+    where = chapter(number)
+    if passes(where, file):
+        print(f"This lesson runs your {where.folder}/{file}: it passes its checks.")
+        return load_file(where.room / file)
+    print(f"This lesson runs the course's solution of {file}, until yours passes `make check CHAPTER={number}`.")
+    return solution(number, file)
+
+
+def style() -> None:
+    """Set matplotlib up for the lessons: readable at notebook width, light grid, colour-blind-safe cycle."""
+    import matplotlib.pyplot as plt
+
+    plt.rcParams.update(
+        {
+            "figure.figsize": (8, 4.2),
+            "figure.dpi": 100,
+            "savefig.bbox": "tight",
+            "font.size": 11,
+            "axes.spines.top": False,
+            "axes.spines.right": False,
+            "axes.grid": True,
+            "grid.alpha": 0.25,
+            "axes.axisbelow": True,
+            "axes.prop_cycle": plt.cycler(
+                color=["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000"]
+            ),
+            "svg.hashsalt": "flash",
+        }
+    )
+
+
+def recorded(kind: str, folder: Path | None = None) -> dict[str, Any] | None:
+    """The newest recorded results of a kind ("forward", "hbm_bytes", ...): results/KIND_*.json; None if there are none.
+
+    The newest is the one with the latest date in its provenance.
+    """
+    found = [json.loads(p.read_text(encoding="utf-8")) for p in (folder or ROOT / "results").glob(f"{kind}_*.json")]
+    return max(found, key=lambda r: r["provenance"]["date"], default=None)
