@@ -14,7 +14,7 @@ else
 export COURSE_PYTHON := $(PYTHON)
 READY := python-given
 endif
-export PYTHON CHAPTER IMPL SOLUTION JSON ONLY CHECK RESET YES ARGS
+export PYTHON CHAPTER IMPL SOLUTION JSON ONLY FUNCTION CHECK RESET YES ARGS
 # Child processes and notebooks import the course's package from here, wherever they run.
 export PYTHONPATH := $(CURDIR)$(if $(PYTHONPATH),:$(PYTHONPATH))
 
@@ -38,8 +38,8 @@ help: ## list these targets
 check: $(READY) ## grade a chapter: CHAPTER=1 [IMPL=folder | SOLUTION=1] [JSON=file] [ONLY=words of a check's name]
 	$(COURSE) check "$$CHAPTER" $${IMPL:+--impl "$$IMPL"} $${SOLUTION:+--solution} $${JSON:+--json "$$JSON"} $${ONLY:+--only "$$ONLY"}
 
-hint: $(READY) ## the next hint for a chapter: CHAPTER=1 [RESET=1 starts them again]
-	$(COURSE) hint "$$CHAPTER" $${RESET:+--reset}
+hint: $(READY) ## the next hint for a chapter: CHAPTER=1 [FUNCTION=name] [RESET=1 starts them again]
+	$(COURSE) hint "$$CHAPTER" $${FUNCTION:+--function "$$FUNCTION"} $${RESET:+--reset}
 
 progress: $(READY) ## where you stand in all chapters
 	$(COURSE) progress

@@ -45,12 +45,6 @@ def _existing_chapter(number: int) -> int:
     return number
 
 
-def _existing_folder(folder: Path | None) -> Path | None:
-    if folder is not None and not folder.is_dir():
-        raise _WrongCall(f"no such folder: {folder}")
-    return folder
-
-
 def _exit(status: int | None) -> None:
     raise typer.Exit(int(status or 0))
 
@@ -65,9 +59,6 @@ def check(
 ) -> None:
     """Grade a chapter: your files, a folder, or the solution."""
     _existing_chapter(chapter)
-    if impl is not None and solution:
-        raise _WrongCall("--impl and --solution (IMPL and SOLUTION) exclude each other")
-    _existing_folder(impl)
     from fa_reference.grading.runner import grade
 
     _exit(grade(chapter=chapter, impl=impl, solution=solution, json_path=json, only=only))
@@ -76,13 +67,14 @@ def check(
 @app.command()
 def hint(
     chapter: ChapterNumber,
+    function: Annotated[str | None, typer.Option("--function", help="For this function of the exercises.")] = None,
     reset: Annotated[bool, typer.Option("--reset", help="Start with the first hint again.")] = False,
 ) -> None:
-    """Show the next hint for a chapter."""
+    """Show the next hint for a chapter: for the first function that you have not written, unless you name one."""
     _existing_chapter(chapter)
     from fa_reference.grading.hints import show_next_hint
 
-    _exit(show_next_hint(chapter, reset=reset))
+    _exit(show_next_hint(chapter, function=function, reset=reset))
 
 
 @app.command()
@@ -97,7 +89,6 @@ def progress() -> None:
 def watch(chapter: ChapterNumber, impl: Implementation = None) -> None:
     """Grade a chapter again whenever one of its files is saved."""
     _existing_chapter(chapter)
-    _existing_folder(impl)
     from fa_reference.grading.watch import watch as watch_files
 
     _exit(watch_files(chapter, impl))

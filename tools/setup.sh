@@ -98,8 +98,9 @@ logged() {
     "$@" >>"$log" 2>&1 9<&-
 }
 
+# Python compiles what is imported, when it is; compiling all of these packages would take a third of the whole set-up.
 install() {
-    logged "$py" -m pip install --disable-pip-version-check --progress-bar off "$@"
+    logged "$py" -m pip install --disable-pip-version-check --progress-bar off --no-compile "$@"
 }
 
 # Is this one version nowhere to be had (as against: the network is down)? Looks at the last pip call only.
