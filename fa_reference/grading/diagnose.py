@@ -83,6 +83,7 @@ Suspect = tuple[str, Callable[[], tuple[Tensor | None, Tensor | None]]]
 def suspects(p: Problem) -> Iterator[Suspect]:
     """The wrong attentions worth comparing with on this problem: (name of the bug, how to compute its o and lse)."""
     gap = p.len_k - p.len_q
+    yield "O is all zeros", lambda: (torch.zeros_like(p.q), None)
     if abs(p.scale - 1) > 1e-6:
         yield "the scale is missing: multiply the scores by `scale`", lambda: p.attention(scale=1.0)
         yield "the scale is applied twice", lambda: p.attention(scale=p.scale**2)
@@ -110,8 +111,9 @@ def suspects(p: Problem) -> Iterator[Suspect]:
                 f"the tail is not masked: the last block of {block} keys is filled up with {padding} keys of score 0",
                 lambda n=padding: p.attention(zero_keys=n),
             )
+        if padding and p.len_k > block:
             yield (
-                f"the tail is dropped: the last {p.len_k % block} keys, too few to fill a block of {block}, are missing",
+                f"the tail is dropped: the last {p.len_k % block} keys, less than a block of {block}, are missing",
                 lambda n=block: p.attention(keys=slice(p.len_k - p.len_k % n)),
             )
         last = (ceil(p.len_k / block) - 1) * block
@@ -132,7 +134,6 @@ def suspects(p: Problem) -> Iterator[Suspect]:
             ):
                 yield f"{words} (blocks of {block} keys)", lambda n=block, b=broken: (p.online(n, **b), None)
     yield "the last key is missing", lambda: p.attention(keys=slice(p.len_k - 1))
-    yield "O is all zeros", lambda: (torch.zeros_like(p.q), None)
 
 
 def _distance(x: Tensor, y: Tensor) -> float:

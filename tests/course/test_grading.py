@@ -1,0 +1,249 @@
+"""The grader: three outcomes, exit statuses, and answers that are hostile, clumsy or unfinished."""
+
+import json
+import re
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from fa_reference.course import ROOT, chapter
+from fa_reference.grading.answer import Answer, Workshop
+from fa_reference.grading.check import CheckFailed
+from fa_reference.grading.properties import attention
+from fa_reference.inputs import Case
+from fa_reference.stubs import write_stubs
+
+
+def run(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "fa_reference", *map(str, arguments)]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120, check=False)
+
+
+@pytest.fixture(scope="module")
+def workshop():
+    workshop = Workshop()
+    yield workshop
+    workshop.close()
+
+
+@pytest.fixture
+def ask(workshop, tmp_path):
+    """ask(source, ...) -> the result of calling f of a learner's file with this source."""
+    answers = []
+
+    def ask(source: str, *args, time_limit: float = 5.0, **kwargs):
+        (tmp_path / "a.py").write_text(source)
+        answers.append(Answer(workshop, tmp_path, time_limit))
+        return answers[-1].call("a.py", "f", *args, **kwargs)
+
+    yield ask
+    for answer in answers:
+        answer.close()
+
+
+X = Case(4, 4).make()[0]
+
+
+@pytest.mark.parametrize(
+    ("source", "words"),
+    [
+        ("def f(x:\n  pass", r"a.py, line 1: .*\n    def f\(x:"),
+        ("def f(x):\n    return y", r"NameError: name 'y' is not defined in a.py, line 2, in f:\n    return y"),
+        ("def g(x): pass", "a.py has no function f"),
+        ("def f(): pass", r"TypeError: f\(\) takes 0 positional arguments but 1 was given"),
+        ("def f(x):\n    while True: pass", "did not finish within this check's 2 s: an endless loop?"),
+        ("import time\ndef f(x): time.sleep(60)", "did not finish"),
+        ("while True: pass", "did not finish"),
+        ("import sys\ndef f(x): sys.exit(0)", r"ended the program with sys.exit\(0\)"),
+        ("import sys\nsys.exit('bye')", r"sys.exit\('bye'\)"),
+        ("import os\ndef f(x): os._exit(0)", "ended the whole process with exit status 0"),
+        ("import os, signal\ndef f(x): os.kill(os.getpid(), signal.SIGSEGV)", "killed by SIGSEGV"),
+        ("import torch\ndef f(x): return torch.zeros(10**11)", "more memory than a check may use"),
+        ("def f(x):\n    while True: print('x' * 10000)", "File too large"),
+        ("def f(x):\n    return f(x)", "RecursionError"),
+        ("def f(x): raise NotImplementedError('a.py: write it')", "not written yet: a.py: write it"),
+        ("def f(x): raise KeyboardInterrupt", "KeyboardInterrupt"),
+        ("def f(x):\n    x.add_(1)\n    return x * 2", "changed its input number 1 in place"),
+        ("def f(x): return x.transpose(1, 2)", "shares memory with an input"),
+        (
+            "import torch.nn.functional as F\ndef f(x): return F.scaled_dot_product_attention(x, x, x)",
+            "it calls torch's scaled_dot_product_attention",
+        ),
+    ],
+)
+def test_whatever_goes_wrong_is_a_failed_check_in_words(ask, source, words):
+    with pytest.raises(CheckFailed) as failure:
+        ask(source, X, time_limit=2.0)
+    assert re.search(words, str(failure.value)), failure.value
+    assert "fa_reference/grading" not in str(failure.value), "no frames of the grader"
+
+
+def test_windows_line_ends_tabs_and_a_byte_order_mark_are_accepted(workshop, tmp_path):
+    (tmp_path / "a.py").write_bytes(b"\xef\xbb\xbfdef f(x):\r\n\tif True:\r\n\t\treturn x + 1\r\n")
+    answer = Answer(workshop, tmp_path)
+    assert (answer.call("a.py", "f", X) == X + 1).all()
+    answer.close()
+
+
+def test_what_is_never_written_is_nan(ask):
+    result = ask("import torch\ndef f(x):\n    o = torch.empty_like(x)\n    o[0, 0, :3] = 0\n    return o", X)
+    assert result[0, 0, 3].isnan().all() and not result[0, 0, :3].isnan().any()
+
+
+def test_damage_to_torch_stays_in_the_child_of_one_check(ask):
+    vandal = "import torch\ntorch.exp = torch.equal = torch.manual_seed = None\ndef f(x): return 1"
+    assert ask(vandal, X) == 1
+    assert (ask("import torch\ndef f(x): return torch.exp(x)", X) > 0).all()
+
+
+def test_other_types_are_named(ask):
+    assert ask("def f(x): return x.numpy()", X).type_name == "numpy.ndarray"
+    assert ask("def f(x): return object()", X).type_name == "object"
+
+
+def test_records_go_there_and_back(ask, workshop, tmp_path):
+    source = (
+        "from typing import NamedTuple\nclass State(NamedTuple):\n    m: float\n    l: float\n"
+        "def f(x): return State(1.0, 2.0)\ndef g(s): return s.m + s.l\n"
+    )
+    state = ask(source, X)
+    assert (state.m, state.l) == (1.0, 2.0) and list(state) == [1.0, 2.0]
+    answer = Answer(workshop, tmp_path)
+    assert answer.call("a.py", "g", state) == 3.0
+    answer.close()
+
+
+def test_layouts_survive_the_way_to_the_child(ask):
+    q, _, _ = Case(5, 7, heads_q=2, layout="padded").make()
+    assert ask("def f(x): return [list(x.stride()), x.storage_offset()]", q) == [list(q.stride()), q.storage_offset()]
+
+
+@pytest.mark.parametrize(
+    ("returned", "words"),
+    [
+        ("return q * 1", r"must return the pair \(o, lse\); it returned a Tensor"),
+        ("return None", "it returned a NoneType"),
+        ("return q * 1, q[..., 0].double()", "lse must have dtype torch.float32; it has torch.float64"),
+        ("return q.half(), q[..., 0] * 1", "o must have dtype torch.float32; it has torch.float16"),
+        ("return q[:, :, :2] * 1, q[..., 0] * 1", r"o must have shape \(1, 1, 3, 64\); it has \(1, 1, 2, 64\)"),
+        ("return q.numpy(), q[..., 0] * 1", "o must be a torch.Tensor; it is a numpy.ndarray"),
+        ("return q * 0, q[..., 0] * 0", "likely bug: O is all zeros"),
+        ("return torch.empty_like(q), q[..., 0] * 0", "O is NaN or infinite everywhere: was it written at all"),
+    ],
+)
+def test_wrong_results_are_named(workshop, tmp_path, returned, words):
+    (tmp_path / "a.py").write_text(f"import torch\ndef forward(q, k, v, *, causal, scale):\n    {returned}\n")
+    answer = Answer(workshop, tmp_path)
+    with pytest.raises(CheckFailed, match=words) as failure:
+        attention(answer, "a.py", [Case(3, 5)])
+    answer.close()
+    assert "smallest failing case: batch 1, heads 1/1, len_q 3, len_k 5" in str(failure.value)
+
+
+WRONG = """
+import torch
+
+def forward(q, k, v, *, causal=False, scale=None):
+    g = q.shape[1] // k.shape[1]
+    k, v = {repeat}
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    s = {scores}
+    i, j = torch.arange(q.shape[2])[:, None], torch.arange(k.shape[2])
+    if causal:
+        s = s.masked_fill(j > i + {offset}, -torch.inf)
+    m = s.amax(-1, keepdim=True)
+    p = torch.exp(s - m.nan_to_num(neginf=0.0))
+    l = p.sum(-1, keepdim=True)
+    return ({o}), ({lse})
+"""
+RIGHT = {
+    "repeat": "k.repeat_interleave(g, 1), v.repeat_interleave(g, 1)",
+    "scores": "q @ k.mT * scale",
+    "offset": "k.shape[2] - q.shape[2]",
+    "o": "p @ v / torch.where(l == 0, 1, l)",
+    "lse": "(m + l.log()).squeeze(-1)",
+}
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({}, None),
+        ({"scores": "q @ k.mT"}, "the scale is missing"),
+        ({"scores": "q @ k.mT * scale**2"}, "the scale is applied twice"),
+        ({"offset": "0"}, "aligned top-left"),
+        ({"offset": "k.shape[2] - q.shape[2] + 1"}, "one key of the future is seen"),
+        ({"offset": "k.shape[2] - q.shape[2] - 1"}, "the diagonal is hidden too"),
+        ({"offset": "10**6"}, "the causal mask is missing"),
+        ({"repeat": "k.repeat(1, g, 1, 1), v.repeat(1, g, 1, 1)"}, "wrong KV head"),
+        ({"lse": "(m + l.log()).squeeze(-1) / 0.6931471805599453"}, "lse is in base 2"),
+        ({"lse": "l.log().squeeze(-1)"}, "lse lacks the maximum"),
+        ({"o": "p @ v / l"}, "rows without a visible key give NaN"),
+        ({"o": "(p.half() @ v.half() / torch.where(l == 0, 1, l).half()).float()"}, "not precise enough"),
+    ],
+)
+def test_the_likely_bug_is_named(workshop, tmp_path, change, words):
+    (tmp_path / "a.py").write_text(WRONG.format(**{**RIGHT, **change}))
+    answer = Answer(workshop, tmp_path)
+    cases = [Case(7, 12, causal=True), Case(40, 37, heads_q=4, heads_kv=2, causal=True)]
+    if words is None:
+        attention(answer, "a.py", cases)
+    else:
+        with pytest.raises(CheckFailed, match=words):
+            attention(answer, "a.py", cases)
+    answer.close()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["check", "99"], "no chapter 99"),
+        (["check", "1", "--impl", "/nowhere"], "/nowhere"),
+        (["check", "1", "--impl", ".", "--solution"], "exclude each other"),
+        (["check", "1", "--only", "no such check"], "no such check"),
+        (["check", "1", "--solution", "--json", "/nowhere/report.json"], "/nowhere"),
+        (["hint", "99"], "no chapter 99"),
+        (["reset", "99"], "no chapter 99"),
+    ],
+)
+def test_wrong_calls_are_one_line_and_status_2(arguments, words):
+    done = run(*arguments)
+    assert done.returncode == 2, done
+    assert words in done.stdout + done.stderr
+    assert "Traceback" not in done.stdout + done.stderr
+
+
+def test_the_report_of_a_solution(tmp_path):
+    done = run("check", 1, "--solution", "--json", tmp_path / "report.json")
+    assert done.returncode == 0, done.stdout
+    assert done.stdout.splitlines()[0].startswith(f"Grading {chapter(1).solution} (the reference solution)")
+    report = json.loads((tmp_path / "report.json").read_text())
+    assert report["totals"]["failed"] == 0 and report["points"] == report["points_possible"] > 0
+    assert report["exit_status"] == 0 and {c["state"] for c in report["checks"]} <= {"passed", "not graded here"}
+
+
+def test_a_missing_file_and_a_broken_file_fail_without_a_traceback(tmp_path):
+    done = run("check", 1, "--impl", tmp_path)
+    assert done.returncode == 1 and "there is no file naive.py" in done.stdout
+    write_stubs(chapter(1), tmp_path)
+    with (tmp_path / "naive.py").open("a") as file:
+        file.write("\ndef half_edited(:\n")
+    done = run("check", 1, "--impl", tmp_path)
+    assert done.returncode == 1 and "half_edited(:" in done.stdout
+    assert "Traceback" not in done.stdout + done.stderr
+
+
+def test_an_endless_loop_ends(workshop, tmp_path):
+    shutil.copy(chapter(1).solution / "naive.py", tmp_path)
+    with (tmp_path / "naive.py").open("a") as file:
+        file.write("\ndef forward(*a, **k):\n    while True: pass\n")
+    answer = Answer(workshop, tmp_path, time_limit=1.0)
+    began = time.monotonic()
+    with pytest.raises(CheckFailed, match="endless loop"):
+        answer.call("naive.py", "forward", X, X, X)
+    assert time.monotonic() - began < 5
+    answer.close()
