@@ -1,0 +1,451 @@
+// FlashAttention-3 forward for Hopper (sm_90a), fp16 or bf16: O = softmax(scale Q K^T) V and the log-sum-exp of each row.
+//
+// One block works on one tile of kBlockQ queries at a time and stays for many tiles (persistent). Its warpgroups:
+//   producer  one thread issues TMA loads of Q, and of K and V blocks into two rings of kStages slots each;
+//   consumers each owns 64 query rows: S = Q K^T, online softmax, O += P V, everything in registers.
+// What makes it fast, in the order of the paper (arXiv 2407.08608, section 3):
+//   warp specialisation  loads never wait for arithmetic; registers move from producer to consumers;
+//   pingpong             the consumers issue their matrix products in turn, so one's softmax runs under the other's;
+//   two-stage pipeline   a consumer issues S of the next block before it needs P V of this one (Algorithm 2).
+// Beyond the paper: O is only rescaled when the running maximum grew by more than 2^8 (see `softmax`).
+//
+// Layouts: every shared tile is [head_dim / 64][rows][64] with the 128-byte swizzle, as one 5-D TMA box delivers it.
+#include "hopper/base.cuh"
+#include "hopper/mbarrier.cuh"
+#include "hopper/named_barrier.cuh"
+#include "hopper/registers.cuh"
+#include "hopper/sync.cuh"
+#include "hopper/tma.cuh"
+#include "hopper/wgmma.cuh"
+
+// ---- configuration: set by the host (fa3_forward.py) ---------------------------------------------------------------
+constexpr int kHeadDim = FA_HEAD_DIM;
+constexpr int kConsumers = FA_CONSUMERS;    // warpgroups that compute; each owns 64 rows of the query tile
+constexpr int kBlockK = FA_BLOCK_K;         // keys in a block
+constexpr int kStages = FA_STAGES;          // slots in each ring
+constexpr bool kCausal = FA_CAUSAL;
+constexpr bool kBf16 = FA_BF16;
+constexpr bool kPingpong = FA_PINGPONG;
+constexpr int kProducerRegisters = FA_PRODUCER_REGISTERS, kConsumerRegisters = FA_CONSUMER_REGISTERS;
+
+constexpr int kBlockQ = 64 * kConsumers;
+constexpr int kThreads = 128 * (1 + kConsumers);
+constexpr u32 kBytesQ = kBlockQ * kHeadDim * 2, kBytesKV = kBlockK * kHeadDim * 2;
+constexpr float kLog2e = 1.4426950408889634f;
+constexpr float kInfinity = __builtin_bit_cast(float, 0x7f800000u);
+constexpr float kLazyLog2 = 8.0f;  // O and the row sums are rescaled once the maximum grew by more than this (log2)
+
+struct Problem {
+    int len_q, len_k;
+    int query_tiles;        // per head
+    int heads;              // batch * heads_q: what a tile's flat head index counts
+    int heads_q, queries_per_key_head;
+    int heads_per_section;  // tiles of this many heads are in flight together, so that their K and V stay in L2
+    float scale;
+    long long o_stride_batch, o_stride_head, o_stride_row;  // in elements
+};
+
+// A unit of work. key_blocks: blocks that some row sees (0: the rows are empty; -1: no work left). The first
+// unmasked_blocks of them are seen whole by all rows.
+struct Tile {
+    int query_start, head, batch, key_blocks, unmasked_blocks;
+};
+
+struct Shared {
+    alignas(1024) u16 q[kBlockQ * kHeadDim];
+    alignas(1024) u16 k[kStages][kBlockK * kHeadDim];
+    alignas(1024) u16 v[kStages][kBlockK * kHeadDim];
+    u64 q_full, q_empty;
+    u64 k_full[kStages], k_empty[kStages], v_full[kStages], v_empty[kStages];
+    Tile tile;  // published together with q_full
+};
+
+// Names of the barriers in the debug build's deadlock record; fa3_forward.py has the same list.
+enum BarrierName { Q_FULL, Q_EMPTY, K_FULL, K_EMPTY, V_FULL, V_EMPTY };
+constexpr u32 kTurnBarrier = 1;  // named barriers 1 .. kConsumers: the turn of consumer 0, 1, ...
+
+struct False {
+    static constexpr bool value = false;
+};
+struct True {
+    static constexpr bool value = true;
+};
+
+// ---- small helpers -------------------------------------------------------------------------------------------------
+__device__ __forceinline__ float exp2_approx(float x) {
+    float y;
+    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+    return y;
+}
+
+__device__ __forceinline__ u32 pack(float low, float high) {  // two values rounded to nearest even
+    u32 packed;
+    if constexpr (kBf16) asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(packed) : "f"(high), "f"(low));
+    else asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(packed) : "f"(high), "f"(low));
+    return packed;
+}
+
+// A row is spread over four neighbouring lanes.
+__device__ __forceinline__ float quad_max(float x) {
+    x = fmaxf(x, __shfl_xor_sync(0xffffffffu, x, 1));
+    return fmaxf(x, __shfl_xor_sync(0xffffffffu, x, 2));
+}
+
+__device__ __forceinline__ float quad_sum(float x) {
+    x += __shfl_xor_sync(0xffffffffu, x, 1);
+    return x + __shfl_xor_sync(0xffffffffu, x, 2);
+}
+
+// 4 x 4 transposition: lane q of a quad enters with x[j] = M[q][j] and leaves with x[j] = M[j][q]. Two rounds of
+// exchanging off-diagonal halves, first of the 2 x 2 blocks, then inside them.
+__device__ __forceinline__ void quad_transpose(u32 (&x)[4], int q) {
+#pragma unroll
+    for (int distance = 2; distance > 0; distance /= 2) {
+        const bool upper = q & distance;
+#pragma unroll
+        for (int j = 0; j < 4; ++j) {
+            if (j & distance) continue;
+            const u32 got = __shfl_xor_sync(0xffffffffu, upper ? x[j] : x[j + distance], distance);
+            if (upper) x[j] = got;
+            else x[j + distance] = got;
+        }
+    }
+}
+
+// Place in a ring: slot and parity follow from how many blocks have passed.
+struct Cursor {
+    u32 count = 0;
+    __device__ __forceinline__ u32 slot() const { return count % kStages; }
+    __device__ __forceinline__ u32 parity() const { return (count / kStages) & 1; }
+};
+
+// Tile number -> tile. Numbers run through sections of heads; in a section the head varies fastest. Causal: the last
+// query tiles see most keys and come first, so that no long tile is left for the end.
+__device__ __forceinline__ Tile decode(u32 number, const Problem& problem) {
+    const u32 section_tiles = problem.heads_per_section * problem.query_tiles;
+    const u32 section = number / section_tiles, rest = number - section * section_tiles;
+    const u32 first_head = section * problem.heads_per_section;
+    const u32 heads = min(static_cast<u32>(problem.heads_per_section), problem.heads - first_head);
+    u32 query_tile = rest / heads;
+    const u32 flat_head = first_head + rest - query_tile * heads;
+    if (kCausal) query_tile = problem.query_tiles - 1 - query_tile;
+    const int query_start = query_tile * kBlockQ;
+    int first_sees = problem.len_k, last_sees = problem.len_k;  // keys seen by the tile's first and last row
+    if (kCausal) {
+        const int last_row = min(query_start + kBlockQ, problem.len_q) - 1;
+        first_sees = max(0, min(first_sees, query_start + 1 + problem.len_k - problem.len_q));
+        last_sees = max(0, min(last_sees, last_row + 1 + problem.len_k - problem.len_q));
+    }
+    const int batch = flat_head / problem.heads_q, head = flat_head - batch * problem.heads_q;
+    return {query_start, head, batch, (last_sees + kBlockK - 1) / kBlockK, first_sees / kBlockK};
+}
+
+// ---- producer ------------------------------------------------------------------------------------------------------
+// One thread. K runs one block ahead of V, because S of block j+1 is issued before P V of block j. Blocks go from the
+// last key to the first: masked blocks come first, and the next tile's first block does not depend on its length.
+__device__ __forceinline__ void produce(Shared& shared, const TensorMap& q_map, const TensorMap& k_map,
+                                        const TensorMap& v_map, u32* tile_counter, const Problem& problem) {
+    const u32 tiles = problem.query_tiles * problem.heads;
+    Cursor k_cursor, v_cursor;
+    u32 tile_parity = 1;
+    u32 number = blockIdx.x;
+    while (true) {
+        Tile tile = {0, 0, 0, -1, 0};
+        if (number < tiles) tile = decode(number, problem);
+        const int key_head = tile.head / problem.queries_per_key_head;
+        auto load = [&](const TensorMap& map, u16* slot, u64* full, u64* empty, u32 parity, u32 name, int block) {
+            mbarrier_wait(empty, parity ^ 1, name, block);
+            mbarrier_arrive_expect_tx(full, kBytesKV);
+            tma_load_5d(slot, &map, full, 0, block * kBlockK, 0, key_head, tile.batch);
+        };
+        auto load_k = [&](int block) {
+            const u32 s = k_cursor.slot();
+            load(k_map, shared.k[s], &shared.k_full[s], &shared.k_empty[s], k_cursor.parity(), K_EMPTY, block);
+            ++k_cursor.count;
+        };
+        auto load_v = [&](int block) {
+            const u32 s = v_cursor.slot();
+            load(v_map, shared.v[s], &shared.v_full[s], &shared.v_empty[s], v_cursor.parity(), V_EMPTY, block);
+            ++v_cursor.count;
+        };
+
+        if (tile.key_blocks > 0) load_k(tile.key_blocks - 1);
+        mbarrier_wait(&shared.q_empty, tile_parity, Q_EMPTY, number);
+        tile_parity ^= 1;
+        shared.tile = tile;
+        if (tile.key_blocks > 0) {
+            mbarrier_arrive_expect_tx(&shared.q_full, kBytesQ);
+            tma_load_5d(shared.q, &q_map, &shared.q_full, 0, tile.query_start, 0, tile.head, tile.batch);
+        } else {
+            mbarrier_arrive(&shared.q_full);
+            if (tile.key_blocks < 0) break;
+        }
+        for (int block = tile.key_blocks - 2; block >= 0; --block) {
+            load_k(block);
+            load_v(block + 1);
+        }
+        // Every block fetches until it is told a number past the end: `tiles` fetches in all, so the counter, which
+        // wraps there, is zero again for the next launch.
+        number = gridDim.x + atomicInc(tile_counter, tiles - 1);
+        if (tile.key_blocks > 0) load_v(0);
+    }
+}
+
+// ---- consumer ------------------------------------------------------------------------------------------------------
+// What a thread keeps for its two rows (l / 4 and l / 4 + 8 of its warp's 16).
+struct Rows {
+    float maximum[2];      // running maximum of the raw scores, as used in p = exp2(c s - c m)
+    float scaled[2];       // c m, or 0 while the row has seen no key
+    float sum[2];          // this thread's part of the row sum
+    float factor[2];       // what O has to be multiplied with after a change of the maximum
+    int limit[2];          // scores up to this, compared as integers, need no new maximum
+};
+
+__device__ __forceinline__ float row_max(const float (&s)[kBlockK / 2], int half) {
+    float m = fmaxf(s[2 * half], s[2 * half + 1]);
+#pragma unroll
+    for (int i = 4; i < kBlockK / 2; i += 4) m = fmaxf(m, fmaxf(s[i + 2 * half], s[i + 2 * half + 1]));
+    return m;
+}
+
+// The exact update: new maximum, factor for the old sums, limit. Rarely taken after a tile's first blocks.
+__device__ __forceinline__ void raise_maximum(Rows& rows, const float (&s)[kBlockK / 2], float c) {
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+        const float old_scaled = rows.maximum[half] * c;
+        const float m = fmaxf(rows.maximum[half], quad_max(row_max(s, half)));
+        const bool empty = m == -kInfinity;
+        rows.maximum[half] = m;
+        rows.scaled[half] = empty ? 0.0f : m * c;
+        rows.factor[half] = empty ? 1.0f : exp2_approx(old_scaled - rows.scaled[half]);
+        rows.sum[half] *= rows.factor[half];
+        const float limit = m + kLazyLog2 / c;
+        rows.limit[half] = limit >= 0.0f ? __float_as_int(limit) : static_cast<int>(0x80000000u);
+    }
+}
+
+// S -> P in place; returns whether O must be rescaled (the same answer in all lanes of the warp).
+//
+// Softmax does not change when another number than the true maximum is subtracted; the number must only keep exp2 in
+// range. So the maximum m of an earlier block is kept while no score exceeds m by more than 2^8 after exp2: p <= 256
+// fits both formats, and the sum stays >= 1 because m was attained. Hence a block needs only the question "is any
+// score above the limit", and integer comparison answers it: for limit >= 0, the bits of a float are above the limit's
+// bits exactly if the float is (negative floats are negative integers), at half the instructions, since the hardware
+// has a three-input integer maximum. A negative limit is stored as the smallest integer: the exact path runs always.
+template <bool kFirst>
+__device__ __forceinline__ bool softmax(Rows& rows, float (&s)[kBlockK / 2], float c) {
+    bool changed = true;
+    if constexpr (!kFirst) {
+        int top[2];
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+            top[half] = max(__float_as_int(s[2 * half]), __float_as_int(s[2 * half + 1]));
+#pragma unroll
+            for (int i = 4; i < kBlockK / 2; i += 4)
+                top[half] = __vimax3_s32(top[half], __float_as_int(s[i + 2 * half]), __float_as_int(s[i + 2 * half + 1]));
+        }
+        changed = __any_sync(0xffffffffu, top[0] > rows.limit[0] || top[1] > rows.limit[1]);
+    }
+    if (changed) raise_maximum(rows, s, c);
+#pragma unroll
+    for (int i = 0; i < kBlockK / 2; ++i) {
+        const int half = (i / 2) % 2;
+        s[i] = exp2_approx(fmaf(s[i], c, -rows.scaled[half]));
+        rows.sum[half] += s[i];
+    }
+    return changed;
+}
+
+// Scores of keys that a row must not see become -inf. `limit` = number of visible keys from the block's start on.
+__device__ __forceinline__ void mask(float (&s)[kBlockK / 2], int limit_top, int limit_bottom) {
+#pragma unroll
+    for (int i = 0; i < kBlockK / 2; ++i) {
+        const int column = 8 * (i / 4) + i % 2;  // plus 2 (lane % 4), which the limits already contain
+        if (column >= ((i / 2) % 2 ? limit_bottom : limit_top)) s[i] = -kInfinity;
+    }
+}
+
+// O rows of this thread -> global memory. Four lanes hold 8 neighbouring columns of a row two by two; a transposition
+// among them gives each lane 8 columns, one 16-byte store.
+__device__ __forceinline__ void store_rows(const float (&o)[kHeadDim / 2], const float (&inverse)[2], u16* o_top,
+                                           long long stride, int rows_left, int lane) {
+    const int q = lane % 4;
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+        u16* row = o_top + half * 8 * stride;
+#pragma unroll
+        for (int g = 0; g < kHeadDim / 32; ++g) {  // 32 columns: chunk j of 8 columns goes to lane j of the quad
+            u32 x[4];
+#pragma unroll
+            for (int j = 0; j < 4; ++j) {
+                const int i = 16 * g + 4 * j + 2 * half;
+                x[j] = pack(o[i] * inverse[half], o[i + 1] * inverse[half]);
+            }
+            quad_transpose(x, q);
+            if (8 * half < rows_left)
+                *reinterpret_cast<uint4*>(row + 32 * g + 8 * q) = make_uint4(x[0], x[1], x[2], x[3]);
+        }
+    }
+}
+
+__device__ __forceinline__ void consume(Shared& shared, const int consumer, u16* o_pointer, float* lse_pointer,
+                                        const Problem& problem) {
+    const int thread = threadIdx.x % 128, lane = thread % 32;
+    const int row_in_tile = 64 * consumer + 16 * (thread / 32) + lane / 4;
+    const float c = problem.scale * kLog2e;
+    const u64 q_descriptor = wgmma_descriptor(shared_address(shared.q) + consumer * 64 * 128, 16);
+    const u64 k_descriptor = wgmma_descriptor(shared_address(shared.k), 16);
+    const u64 v_descriptor = wgmma_descriptor(shared_address(shared.v), kBlockK * 128);
+    const u32 my_turn = kTurnBarrier + consumer, next_turn = kTurnBarrier + (consumer + 1) % kConsumers;
+    // In the main loop consumer 0 alone asks the mbarriers: the others get their turn after it, and so after the data.
+    const bool asks = !kPingpong || consumer == 0;
+    Cursor k_cursor, v_cursor;
+    u32 tile_parity = 0;
+    if (kPingpong && consumer == kConsumers - 1) named_barrier_arrive(next_turn, 256);  // consumer 0 may begin
+
+    auto issue_qk = [&](float (&s)[kBlockK / 2]) {  // S = Q K^T, overwriting s
+        const u64 k = wgmma_advance(k_descriptor, k_cursor.slot() * kBytesKV);
+        wgmma_fence();
+#pragma unroll
+        for (int step = 0; step < kHeadDim / 16; ++step)
+            Wgmma<kBlockK, kBf16>::ss(s, wgmma_advance(q_descriptor, step / 4 * kBlockQ * 128 + step % 4 * 32),
+                                      wgmma_advance(k, step / 4 * kBlockK * 128 + step % 4 * 32), step != 0);
+        wgmma_commit();
+    };
+    auto issue_pv = [&](float (&o)[kHeadDim / 2], const u32 (&p)[kBlockK / 4]) {  // O += P V
+        const u64 v = wgmma_advance(v_descriptor, v_cursor.slot() * kBytesKV);
+        wgmma_fence();
+#pragma unroll
+        for (int step = 0; step < kBlockK / 16; ++step)
+            Wgmma<kHeadDim, kBf16>::rs(o, p[4 * step], p[4 * step + 1], p[4 * step + 2], p[4 * step + 3],
+                                       wgmma_advance(v, step * 16 * 128), 1);
+        wgmma_commit();
+    };
+    auto release = [&](u64* empty, Cursor& cursor) {
+        if (thread == 0) mbarrier_arrive(&empty[cursor.slot()]);
+        ++cursor.count;
+    };
+    auto pack_p = [&](u32 (&p)[kBlockK / 4], const float (&s)[kBlockK / 2]) {
+#pragma unroll
+        for (int i = 0; i < kBlockK / 4; ++i) p[i] = pack(s[2 * i], s[2 * i + 1]);
+    };
+
+    while (true) {
+        mbarrier_wait(&shared.q_full, tile_parity, Q_FULL, tile_parity);
+        tile_parity ^= 1;
+        const Tile tile = shared.tile;
+        const int key_blocks = warp_uniform(tile.key_blocks), unmasked_blocks = tile.unmasked_blocks;
+        if (key_blocks < 0) break;
+        const int row = tile.query_start + row_in_tile;  // this thread's upper row
+        // Keys that the two rows see, counted from this thread's first column on.
+        int visible_top = problem.len_k, visible_bottom = problem.len_k;
+        if (kCausal) {
+            visible_top = min(visible_top, row + 1 + problem.len_k - problem.len_q);
+            visible_bottom = min(visible_bottom, row + 9 + problem.len_k - problem.len_q);
+        }
+        visible_top -= 2 * (lane % 4);
+        visible_bottom -= 2 * (lane % 4);
+        Rows rows = {{-kInfinity, -kInfinity}, {0, 0}, {0, 0}, {1, 1}, {0, 0}};
+        float o[kHeadDim / 2];
+        u32 p[kBlockK / 4];
+#pragma unroll
+        for (int i = 0; i < kHeadDim / 2; ++i) o[i] = 0.0f;
+
+        if (key_blocks > 0) {
+            int block = key_blocks - 1;
+            {  // first block: S and its softmax, nothing to overlap with yet
+                float s[kBlockK / 2];
+                mbarrier_wait(&shared.k_full[k_cursor.slot()], k_cursor.parity(), K_FULL, block);
+                issue_qk(s);
+                wgmma_wait<0>();
+                release(shared.k_empty, k_cursor);
+                mask(s, visible_top - block * kBlockK, visible_bottom - block * kBlockK);
+                softmax<true>(rows, s, c);
+                pack_p(p, s);
+            }
+            // One step of Algorithm 2: S of `block` and P V of the block before are in flight together.
+            auto step = [&](auto masked) {
+                float s[kBlockK / 2];
+                if (asks) mbarrier_wait(&shared.k_full[k_cursor.slot()], k_cursor.parity(), K_FULL, block);
+                if (kPingpong) named_barrier_sync(my_turn, 256);
+                issue_qk(s);
+                if (asks) mbarrier_wait(&shared.v_full[v_cursor.slot()], v_cursor.parity(), V_FULL, block + 1);
+                issue_pv(o, p);
+                if (kPingpong) named_barrier_arrive(next_turn, 256);
+                wgmma_wait<1>();  // S is there, P V may go on
+                release(shared.k_empty, k_cursor);
+                if (decltype(masked)::value) mask(s, visible_top - block * kBlockK, visible_bottom - block * kBlockK);
+                const bool rescale = softmax<false>(rows, s, c);
+                wgmma_wait<0>();  // P V is done: O and the registers of P are free
+                release(shared.v_empty, v_cursor);
+                if (rescale) {
+#pragma unroll
+                    for (int i = 0; i < kHeadDim / 2; ++i) o[i] *= rows.factor[(i / 2) % 2];
+                }
+                pack_p(p, s);
+            };
+            --block;
+            if constexpr (kCausal) {
+#pragma unroll 1
+                for (; block >= unmasked_blocks; --block) step(True{});
+            }
+#pragma unroll 1
+            for (; block >= 0; --block) step(False{});
+        }
+        // The last S is done, so Q may be overwritten, and all lanes have read the tile.
+        __syncwarp();
+        if (lane == 0) mbarrier_arrive(&shared.q_empty);
+        if (key_blocks > 0) {
+            mbarrier_wait(&shared.v_full[v_cursor.slot()], v_cursor.parity(), V_FULL, 0);
+            issue_pv(o, p);
+            wgmma_wait<0>();
+            release(shared.v_empty, v_cursor);
+        }
+
+        float inverse[2];
+        const int rows_left = problem.len_q - row;  // rows 0 and 8 from here exist if 0 < rows_left, 8 < rows_left
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+            const float sum = quad_sum(rows.sum[half]);
+            inverse[half] = sum == 0.0f ? 0.0f : 1.0f / sum;
+            if (lane % 4 == 0 && 8 * half < rows_left)
+                lse_pointer[(static_cast<long long>(tile.batch) * problem.heads_q + tile.head) * problem.len_q + row + 8 * half] =
+                    sum == 0.0f ? -kInfinity : rows.maximum[half] * problem.scale + logf(sum);
+        }
+        u16* o_top = o_pointer + tile.batch * problem.o_stride_batch + tile.head * problem.o_stride_head +
+                     row * problem.o_stride_row;
+        store_rows(o, inverse, o_top, problem.o_stride_row, rows_left, lane);
+    }
+}
+
+// ---- the kernel ----------------------------------------------------------------------------------------------------
+extern "C" __global__ void __launch_bounds__(kThreads, 1)
+    fa3_forward(const __grid_constant__ TensorMap q_map, const __grid_constant__ TensorMap k_map,
+                const __grid_constant__ TensorMap v_map, u16* o, float* lse, u32* tile_counter,
+                const __grid_constant__ Problem problem) {
+    extern __shared__ __align__(1024) unsigned char shared_bytes[];
+    Shared& shared = *reinterpret_cast<Shared*>(shared_bytes);
+    const int warpgroup = warp_uniform(threadIdx.x / 128);
+
+    if (threadIdx.x == 0) {
+        mbarrier_init(&shared.q_full, 1);
+        mbarrier_init(&shared.q_empty, 4 * kConsumers);  // one arrival a warp
+        for (int slot = 0; slot < kStages; ++slot) {
+            mbarrier_init(&shared.k_full[slot], 1);
+            mbarrier_init(&shared.v_full[slot], 1);
+            mbarrier_init(&shared.k_empty[slot], kConsumers);
+            mbarrier_init(&shared.v_empty[slot], kConsumers);
+        }
+        mbarrier_init_fence();
+    }
+    __syncthreads();
+
+    if (warpgroup == 0) {
+        registers_release_to<kProducerRegisters>();
+        if (warp_uniform(threadIdx.x / 32) == 0 && elect_one())
+            produce(shared, q_map, k_map, v_map, tile_counter, problem);
+    } else {
+        registers_claim_up_to<kConsumerRegisters>();
+        consume(shared, warpgroup - 1, o, lse, problem);
+    }
+}

@@ -1,0 +1,241 @@
+"""Host side of fa3_forward.cu: checks the input, picks tiles, describes the tensors to TMA and launches."""
+
+import ctypes
+import dataclasses
+import math
+import threading
+from functools import cache
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from fa_reference.kernels import (
+    Arguments,
+    CompiledKernel,
+    Descriptor,
+    LoadedKernel,
+    TileGeometry,
+    check_address,
+    compile_kernel,
+    encode,
+    require_hopper,
+    tile_geometry,
+)
+from fa_reference.validation import check_attention_inputs
+
+SOURCE = Path(__file__).with_suffix(".cu")
+BARRIER_NAMES = ("q_full", "q_empty", "k_full", "k_empty", "v_full", "v_empty")  # as in the kernel's BarrierName
+DTYPES = (torch.float16, torch.bfloat16)
+MAX_PLANS = 1024  # different shapes remembered at a time
+L2_BYTES_FOR_KEYS = 32 * 2**20  # K and V of the heads in flight should fit into this much of the 50 MB L2
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """Tile sizes and register split of one variant of the kernel."""
+
+    head_dim: int
+    consumers: int  # warpgroups of 64 query rows
+    block_k: int
+    pingpong: bool
+    producer_registers: int
+    consumer_registers: int
+    stages: int = 2
+
+    @property
+    def block_q(self) -> int:
+        """Query rows of a tile."""
+        return 64 * self.consumers
+
+    @property
+    def threads(self) -> int:
+        """Threads of a block: the consumers and one producer warpgroup."""
+        return 128 * (self.consumers + 1)
+
+    @property
+    def shared_bytes(self) -> int:
+        """Dynamic shared memory: Q, the two rings, and 1 KiB for barriers and the tile in work."""
+        return 2 * self.head_dim * (self.block_q + 2 * self.stages * self.block_k) + 1024
+
+
+# (head_dim, causal) -> tile. Registers: (1 x producer + consumers x consumer) x 128 must not exceed what the block has.
+CONFIGS = {
+    (64, False): Config(64, 3, 128, True, 32, 160),
+    (64, True): Config(64, 3, 128, True, 32, 160),
+    (128, False): Config(128, 2, 176, True, 24, 240),
+    (128, True): Config(128, 2, 128, True, 24, 240),
+    (256, False): Config(256, 2, 80, False, 24, 240),
+    (256, True): Config(256, 2, 80, False, 24, 240),
+}
+HEAD_DIMS = tuple(sorted({head_dim for head_dim, _ in CONFIGS}))
+
+
+class Problem(ctypes.Structure):
+    """The kernel's `Problem`, field by field."""
+
+    _fields_ = [
+        ("len_q", ctypes.c_int),
+        ("len_k", ctypes.c_int),
+        ("query_tiles", ctypes.c_int),
+        ("heads", ctypes.c_int),
+        ("heads_q", ctypes.c_int),
+        ("queries_per_key_head", ctypes.c_int),
+        ("heads_per_section", ctypes.c_int),
+        ("scale", ctypes.c_float),
+        ("o_stride_batch", ctypes.c_longlong),
+        ("o_stride_head", ctypes.c_longlong),
+        ("o_stride_row", ctypes.c_longlong),
+    ]
+
+
+def compile_config(
+    config: Config, *, causal: bool, dtype: torch.dtype, debug: bool = False, source: Path = SOURCE
+) -> CompiledKernel:
+    """Machine code for one variant; needs no GPU. `debug` bounds every barrier wait."""
+    defines = {
+        "FA_HEAD_DIM": config.head_dim,
+        "FA_CONSUMERS": config.consumers,
+        "FA_BLOCK_K": config.block_k,
+        "FA_STAGES": config.stages,
+        "FA_CAUSAL": int(causal),
+        "FA_BF16": int(dtype == torch.bfloat16),
+        "FA_PINGPONG": int(config.pingpong),
+        "FA_PRODUCER_REGISTERS": config.producer_registers,
+        "FA_CONSUMER_REGISTERS": config.consumer_registers,
+    }
+    if debug:
+        defines["FA_DEBUG"] = 1
+    return compile_kernel(source, defines=defines, include_dirs=[SOURCE.parent])
+
+
+@cache
+def _load(config: Config, causal: bool, dtype: torch.dtype, debug: bool, source: Path) -> LoadedKernel:
+    compiled = compile_config(config, causal=causal, dtype=dtype, debug=debug, source=source)
+    return LoadedKernel(compiled, "fa3_forward", threads=config.threads, shared_bytes=config.shared_bytes)
+
+
+@dataclasses.dataclass
+class _Plan:
+    """All that does not change between calls with tensors of the same shape, strides, dtype and device."""
+
+    kernel: LoadedKernel
+    geometry: tuple[TileGeometry, TileGeometry, TileGeometry]
+    lse_shape: tuple[int, int, int]
+    grid: tuple[int]
+    device: int
+    descriptors: tuple[ctypes.Array, ctypes.Array, ctypes.Array]
+    pointers: tuple[ctypes.c_void_p, ctypes.c_void_p, ctypes.c_void_p]  # o, lse, tile counter
+    arguments: Arguments
+    counters: dict[int, Tensor]  # stream -> the counter its launches share
+    lock: threading.Lock
+
+
+_plans: dict[tuple, _Plan] = {}
+
+
+def _make_plan(q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float, config: Config, variant: tuple) -> _Plan:
+    require_hopper(q.device)
+    batch, heads_q, len_q, head_dim = q.shape
+    heads_kv, len_k = k.shape[1:3]
+    geometry = (
+        tile_geometry(q, name="q", box_rows=config.block_q),
+        tile_geometry(k, name="k", box_rows=config.block_k),
+        tile_geometry(v, name="v", box_rows=config.block_k),
+    )
+    query_tiles = math.ceil(len_q / config.block_q)
+    heads = batch * heads_q
+    bytes_per_key_head = 2 * len_k * head_dim * q.element_size()
+    # Causal: tiles of several heads run side by side, longest first, as many as keep their K and V in L2. Otherwise
+    # all tiles are equal and the heads come one after the other.
+    in_l2 = max(1, L2_BYTES_FOR_KEYS // bytes_per_key_head)
+    section = min(heads, 2 ** int(math.log2(in_l2)) * (heads_q // heads_kv)) if causal else 1
+    o = torch.empty_like(q)
+    per_key_head = heads_q // heads_kv
+    problem = Problem(len_q, len_k, query_tiles, heads, heads_q, per_key_head, section, scale, *o.stride()[:3])
+    descriptors = (Descriptor(), Descriptor(), Descriptor())
+    pointers = (ctypes.c_void_p(), ctypes.c_void_p(), ctypes.c_void_p())
+    processors = torch.cuda.get_device_properties(q.device).multi_processor_count
+    return _Plan(
+        _load(config, causal, q.dtype, *variant),
+        geometry,
+        (batch, heads_q, len_q),
+        (min(query_tiles * heads, processors),),
+        q.device.index,
+        descriptors,
+        pointers,
+        Arguments(*descriptors, *pointers, problem),
+        {},
+        threading.Lock(),
+    )
+
+
+def _tile_counter(plan: _Plan) -> Tensor:
+    """The scheduler's counter, zero before a launch and zero again after it: a stream needs only one."""
+    if torch.cuda.is_current_stream_capturing():
+        return torch.zeros(1, dtype=torch.int32, device=plan.device)  # belongs to the graph
+    stream = torch._C._cuda_getCurrentRawStream(plan.device)
+    if stream not in plan.counters:
+        plan.counters[stream] = torch.zeros(1, dtype=torch.int32, device=plan.device)
+    return plan.counters[stream]
+
+
+def forward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    causal: bool = False,
+    scale: float | None = None,
+    config: Config | None = None,
+    debug: bool = False,
+    source: Path = SOURCE,
+) -> tuple[Tensor, Tensor]:
+    """FlashAttention-3 forward on an H100 or H200, fp16 or bf16, head_dim 64, 128 or 256.
+
+    q (B, Hq, Nq, d); k, v (B, Hkv, Nk, d), Hq a multiple of Hkv; any strides with a contiguous last dimension that TMA
+    can express (multiples of 16 bytes). Returns o with q's shape and dtype and lse (B, Hq, Nq) fp32, natural log; a row
+    without visible keys has o = 0 and lse = -inf. `causal` is aligned bottom-right; `scale` defaults to 1/sqrt(d).
+    `config` replaces the tile sizes; `debug` uses the build with bounded waits and raises KernelDeadlock instead of
+    hanging; `source` replaces the kernel's file. Raises ValueError for bad input, KernelUnavailable without such a GPU.
+    """
+    plan = key = None
+    if all(isinstance(tensor, Tensor) for tensor in (q, k, v)):
+        key = (q.shape, k.shape, v.shape, q.stride(), k.stride(), v.stride(), q.dtype, k.dtype, v.dtype)
+        key += (q.device, k.device, v.device, causal, scale, config, debug, source)
+        if not (torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)):
+            plan = _plans.get(key)
+    if plan is None:
+        number = check_attention_inputs(
+            q, k, v, causal=causal, scale=scale, dtypes=DTYPES, head_dims=HEAD_DIMS, devices=("cuda",)
+        )
+        if k.shape[2] == 0:
+            return torch.zeros_like(q), torch.full(q.shape[:3], -math.inf, device=q.device)
+        chosen = config or CONFIGS[q.shape[3], causal]
+        with torch.cuda.device(q.device):
+            plan = _make_plan(q, k, v, causal, number, chosen, (debug, source))
+        if len(_plans) >= MAX_PLANS:
+            _plans.clear()
+        _plans[key] = plan
+    if plan.device != torch.cuda.current_device():
+        with torch.cuda.device(plan.device):
+            return _run(plan, q, k, v, debug)
+    return _run(plan, q, k, v, debug)
+
+
+def _run(plan: _Plan, q: Tensor, k: Tensor, v: Tensor, debug: bool) -> tuple[Tensor, Tensor]:
+    o = torch.empty_like(q)
+    lse = torch.empty(plan.lse_shape, dtype=torch.float32, device=q.device)
+    with plan.lock:
+        for name, tensor, geometry, slot in zip("qkv", (q, k, v), plan.geometry, plan.descriptors, strict=True):
+            address = tensor.data_ptr()
+            check_address(address, name)
+            ctypes.memmove(slot, encode(geometry, address), 128)
+        counter = _tile_counter(plan)
+        for pointer, tensor in zip(plan.pointers, (o, lse, counter), strict=True):
+            pointer.value = tensor.data_ptr()
+        plan.kernel.launch(plan.device, plan.grid, plan.arguments)
+    if debug:
+        plan.counters.clear()  # after a deadlock they are not zero
+        plan.kernel.check_deadlock(BARRIER_NAMES)
+    return o, lse
