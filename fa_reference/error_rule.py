@@ -51,24 +51,57 @@ def _lse_error(lse: Tensor, gold: Tensor) -> float:
     return float(errors.max()) if errors.numel() else 0.0
 
 
+@dataclass(frozen=True)
+class Yardstick:
+    """Gold attention on some inputs, and the errors that the rule allows there."""
+
+    gold_o: Tensor
+    gold_lse: Tensor
+    rms_allowed: float
+    max_allowed: float
+    lse_allowed: float
+
+    @classmethod
+    def of(cls, q: Tensor, k: Tensor, v: Tensor, *, causal: bool = False, scale: float | None = None) -> "Yardstick":
+        """The yardstick for attention on q, k, v (shapes as in gold_attention), on their device."""
+        gold_o, gold_lse = gold_attention(q, k, v, causal=causal, scale=scale)
+        base_o, base_lse = baseline_attention(q, k, v, causal=causal, scale=scale)
+        base = base_o.double() - gold_o
+        # The floor: a float32 score, a sum of d products, is rounded at its own size, and its probability, O and lse
+        # with it. On a small case the baseline may be luckier than that.
+        finite = gold_lse[gold_lse.isfinite()].abs()
+        score_size = 4 + (float(finite.max()) if finite.numel() else 0.0)
+        v_max = max(float(v.abs().max()) if v.numel() else 0.0, ROUNDING)
+        floor, lse_floor = 2 * ROUNDING * score_size * v_max, 32 * ROUNDING * score_size
+        return cls(
+            gold_o,
+            gold_lse,
+            rms_allowed=FACTOR * float(base.square().mean().sqrt()) + floor,
+            max_allowed=FACTOR * float(base.abs().max()) + floor,
+            lse_allowed=FACTOR * _lse_error(base_lse, gold_lse) + lse_floor,
+        )
+
+    def judge(self, o: Tensor, lse: Tensor | None) -> ErrorReport:
+        """Judge an output; without an lse (library kernels do not return it) that part counts as exact.
+
+        ValueError if o or lse has another shape than attention's.
+        """
+        for name, got, gold in (("o", o, self.gold_o), ("lse", lse, self.gold_lse)):
+            if got is not None and got.shape != gold.shape:
+                raise ValueError(f"{name} has shape {tuple(got.shape)}; it must be {tuple(gold.shape)}")
+        error = o.double() - self.gold_o
+        return ErrorReport(
+            rms=float(error.square().mean().sqrt()),
+            rms_allowed=self.rms_allowed,
+            max=float(error.abs().max()),
+            max_allowed=self.max_allowed,
+            lse_error=0.0 if lse is None else _lse_error(lse, self.gold_lse),
+            lse_allowed=self.lse_allowed,
+        )
+
+
 def judge(
     o: Tensor, lse: Tensor, q: Tensor, k: Tensor, v: Tensor, *, causal: bool = False, scale: float | None = None
 ) -> ErrorReport:
     """Judge an output (o, lse) of attention on q, k, v; all on one device, shapes as in gold_attention."""
-    gold_o, gold_lse = gold_attention(q, k, v, causal=causal, scale=scale)
-    base_o, base_lse = baseline_attention(q, k, v, causal=causal, scale=scale)
-    error, base = (o.double() - gold_o).abs(), (base_o.double() - gold_o).abs()
-    # The floor: a float32 score, a sum of d products, is rounded at its own size, and its probability, O and lse with
-    # it. On a small case the baseline may be luckier than that.
-    finite = gold_lse[gold_lse.isfinite()].abs()
-    score_size = 4 + (float(finite.max()) if finite.numel() else 0.0)
-    floor, lse_floor = 2 * ROUNDING * score_size, 32 * ROUNDING * score_size
-    v_max = max(float(v.double().abs().max()) if v.numel() else 0.0, ROUNDING)
-    return ErrorReport(
-        rms=float(error.square().mean().sqrt()),
-        rms_allowed=FACTOR * float(base.square().mean().sqrt()) + floor * v_max,
-        max=float(error.max()),
-        max_allowed=FACTOR * float(base.max()) + floor * v_max,
-        lse_error=_lse_error(lse, gold_lse),
-        lse_allowed=FACTOR * _lse_error(base_lse, gold_lse) + lse_floor,
-    )
+    return Yardstick.of(q, k, v, causal=causal, scale=scale).judge(o, lse)

@@ -11,11 +11,12 @@ from typing import Any
 import torch
 
 from fa_reference.bench import record as records
-from fa_reference.bench.check import Checker, Inputs, error_json, make_inputs, run_checked
+from fa_reference.bench.check import Inputs, error_json, make_inputs, run_checked
 from fa_reference.bench.contenders import Contender
 from fa_reference.bench.grid import Cell
 from fa_reference.bench.monitor import Monitor
 from fa_reference.bench.timing import ROUNDS, SLICE_MS, SPIN_MS, Clock, Column, interleave, plan, summarize
+from fa_reference.error_rule import Yardstick
 
 
 class DeviceLost(RuntimeError):
@@ -87,9 +88,9 @@ def run_cell(race: Race, cell: Cell) -> dict:
     status of a result: "ok", "wrong" (no times), "oom", "failed" or "n/a"; times in ms per launch.
     """
 
-    def prepare() -> tuple[Inputs, Checker]:
+    def prepare() -> tuple[Inputs, Yardstick]:
         inputs = make_inputs(cell, race.device)
-        return inputs, Checker(inputs, cell.causal)
+        return inputs, Yardstick.of(*inputs, causal=cell.causal)
 
     ready, failure = _attempt(race, "making inputs and float64 gold", prepare)
     if failure is not None:
@@ -113,11 +114,11 @@ def run_cell(race: Race, cell: Cell) -> dict:
 
 
 def _enter(
-    race: Race, cell: Cell, contender: Contender, inputs: Inputs, checker: Checker
+    race: Race, cell: Cell, contender: Contender, inputs: Inputs, yardstick: Yardstick
 ) -> tuple[dict, Column | None]:
     """Check one contender; the column to time it in if it is right (or a peer)."""
     launch, note = contender.bind(*inputs, cell.causal)
-    result = _verdict(contender, error_json(run_checked(launch, inputs, checker)))
+    result = _verdict(contender, error_json(run_checked(launch, inputs, yardstick)))
     result |= {"note": note} if note else {}
     if result["status"] != "ok":
         return result, None
@@ -145,13 +146,15 @@ def _time(race: Race, columns: list[Column], results: dict[str, dict]) -> None:
     interleave(racing, race.clock, rounds=race.rounds, rng=race.rng, describe=_failure, on_error=drop)
 
 
-def _check_again(race: Race, columns: list[Column], results: dict[str, dict], inputs: Inputs, checker: Checker) -> None:
+def _check_again(
+    race: Race, columns: list[Column], results: dict[str, dict], inputs: Inputs, yardstick: Yardstick
+) -> None:
     """Judge one more launch after all those timed: a race between threads may show only now and then."""
     graded = {c.name for c in race.contenders if c.graded}
     for column in columns:
         if column.name not in graded or results[column.name]["status"] != "ok":
             continue
-        report, failure = _attempt(race, column.name, lambda c=column: run_checked(c.launch, inputs, checker))
+        report, failure = _attempt(race, column.name, lambda c=column: run_checked(c.launch, inputs, yardstick))
         if failure is not None:
             results[column.name] = failure
         elif not report.passed:

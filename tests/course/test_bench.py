@@ -12,9 +12,10 @@ from rich.console import Console
 
 from fa_reference.bench import cli, cpu, gpu, grid, monitor, peers, plots, profile, roofline, tables, timing, traffic
 from fa_reference.bench import record as records
-from fa_reference.bench.check import Checker, make_inputs, run_checked
+from fa_reference.bench.check import make_inputs, run_checked
 from fa_reference.bench.contenders import Contender, course_contenders
 from fa_reference.bench.run import DeviceLost, Race, run_cell, run_cells
+from fa_reference.error_rule import Yardstick
 from fa_reference.gold import baseline_attention
 
 SMALL = grid.Cell("paper", 1, 2, 1, 48, 48, 64, True)
@@ -243,7 +244,7 @@ def test_the_error_allowed_is_that_of_the_error_rule():
     from fa_reference.error_rule import judge
 
     inputs = make_inputs(SMALL, "cpu")
-    ours = run_checked(lambda: wrong(*inputs, True), inputs, Checker(inputs, True))
+    ours = run_checked(lambda: wrong(*inputs, True), inputs, Yardstick.of(*inputs, causal=True))
     rule = judge(*wrong(*inputs, True), *inputs, causal=True)
     for name in ("rms", "max", "rms_allowed", "max_allowed", "lse_error", "lse_allowed"):
         assert getattr(ours, name) == pytest.approx(getattr(rule, name), rel=1e-6), name
@@ -278,7 +279,7 @@ def test_the_explicit_peer_computes_attention_and_keeps_the_rules_mask(causal):
     cell = grid.Cell("paper", 2, 4, 2, 40, 56, 64, causal)
     inputs = make_inputs(cell, "cpu")
     launch, note = peers._bind_explicit(*inputs, causal)
-    report = run_checked(launch, inputs, Checker(inputs, causal))
+    report = run_checked(launch, inputs, Yardstick.of(*inputs, causal=causal))
     assert report.rms < 5 * report.rms_allowed and "expanded" in note
 
 
@@ -292,7 +293,7 @@ def test_an_official_kernel_gets_batch_len_heads_dim():
 
     inputs = make_inputs(SMALL, "cpu")
     launch, _ = peers._bind_official(flash_attn_func)(*inputs, True)
-    assert run_checked(launch, inputs, Checker(inputs, True)).passed
+    assert run_checked(launch, inputs, Yardstick.of(*inputs, causal=True)).passed
     assert seen == [(1, 48, 2, 64)]
 
 
