@@ -1,0 +1,248 @@
+"""What a warpgroup is to the model: a coroutine with a place in its loop, registers, and knowledge.
+
+`warpgroup.py` adds the instructions.
+"""
+
+import functools
+import types
+import weakref
+from collections.abc import Callable, Coroutine, Generator, Iterable, Iterator
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from fa_reference.hopper.memory import Access, Buffer, Fact, still_needed
+from fa_reference.hopper.registers import Fragment, Work
+from fa_reference.hopper.rules import (
+    MissingAwait,
+    MissingProxyFence,
+    OverwriteInUse,
+    ReadTooEarly,
+    RegistersInFlight,
+    RegistersOverBudget,
+    WrongParity,
+)
+from fa_reference.hopper.trace import Span
+
+if TYPE_CHECKING:
+    from fa_reference.hopper.barriers import Mbarrier
+    from fa_reference.hopper.sm import SM
+
+# Registers a thread needs for addresses, counters and descriptors besides its tiles: assumed.
+OTHER_REGISTERS = 24
+
+
+@types.coroutine
+def suspend(arrange: Callable[[Callable[[], None]], None]) -> Generator:
+    """Stop here until resume() is called: arrange(resume) sees to it that it will be."""
+    yield arrange
+
+
+class Instruction:
+    """What `wg.some_instruction(...)` returns, to be awaited."""
+
+    def __init__(self, wg: "Agent", name: str, body: Coroutine) -> None:
+        self.wg, self.name, self.body = wg, name, body
+        wg.check_awaited()
+        wg.unawaited = self
+
+    def __await__(self) -> Generator:
+        self.wg.unawaited = None
+        return self.body.__await__()
+
+
+def instruction(method: Callable[..., Coroutine]) -> Callable[..., Instruction]:
+    """Turn a coroutine method into an instruction, so that a forgotten `await` is noticed."""
+
+    @functools.wraps(method)
+    def issue(wg: "Agent", *args: Any, **kwargs: Any) -> Instruction:
+        return Instruction(wg, method.__name__, method(wg, *args, **kwargs))
+
+    return issue
+
+
+@dataclass(eq=False)
+class Group:
+    """Asynchronous instructions that are waited for together: wgmmas, or TMA stores."""
+
+    last: str = ""  # the buffer that the newest of them reads
+    committed: bool = False
+    running: int = 0
+    facts: set[Fact] = field(default_factory=set)  # what holds when they are done
+    fragments: list[Fragment] = field(default_factory=list)  # registers they use
+    waiters: list[Callable[[], None]] = field(default_factory=list)
+
+    def one_done(self) -> None:
+        """One of the instructions has finished."""
+        self.running -= 1
+        if not self.running:
+            waiters, self.waiters = self.waiters, []
+            for wake in waiters:
+                wake()
+
+    def missing(self) -> str:
+        """In words."""
+        return f"{self.running} instructions in flight"
+
+
+class Agent:
+    """A warpgroup without its instructions: time, registers, and which accesses it knows to be over."""
+
+    def __init__(self, sm: "SM", name: str, registers: int) -> None:
+        self.sm, self.name, self.max_registers = sm, name, registers
+        self.iteration: int | None = None
+        self.known: set[Fact] = set()
+        self.work: list[Work] = []
+        self.fragments: weakref.WeakSet[Fragment] = weakref.WeakSet()
+        self.peak_registers = 0
+        self.fences = 0  # wgmma.fence executed so far
+        self.unawaited: Instruction | None = None
+        self.coroutine: Coroutine | None = None
+        self.done = False
+        self.waiting: tuple[str, Callable[[], str], float] | None = None  # for what, what it lacks, since when
+        self.seen: dict[Mbarrier, int] = {}  # the last phase seen complete; -1 is a fresh barrier
+        # whether the last wait returned for a phase seen before; the barrier waited for last comes last
+        self.told_nothing: dict[Mbarrier, bool] = {}
+
+    def loop(self, iterations: Iterable[int]) -> Iterator[int]:
+        """Go through `iterations`, such that messages and timelines can say in which one something happened."""
+        for i in iterations:
+            self.iteration = i
+            yield i
+        self.iteration = None
+
+    def where(self, buffer: str = "") -> dict:
+        """For exceptions: this warpgroup, its iteration, a buffer."""
+        place = "outside its loop" if self.iteration is None else f"iteration {self.iteration}"
+        return {"warpgroup": self.name, "place": place, "iteration": self.iteration, "buffer": buffer}
+
+    # --- time
+
+    async def sleep_until(self, time: float) -> None:
+        """Do nothing until then."""
+        if time > self.sm.now:
+            await suspend(lambda resume: self.sm.at(time, resume))
+
+    async def issue(self, name: str, operand: str = "") -> None:
+        """The beginning of every instruction: finish the arithmetic before it, then take an issue slot."""
+        await self._finish_work()
+        self._check_budget()
+        start = self.sm.now
+        self.sm.log_issue(self, name, operand)
+        await self.sleep_until(start + self.sm.luck.vary(self.sm.timing.issue))
+        self.span("issue", f"{name} {operand}".strip(), start)
+
+    async def wait_for(self, what: str, source: Any, ready: Callable[[], bool], latency: float) -> None:
+        """Block until ready(); `source` has a list of waiters and says what is missing."""
+        start = self.sm.now
+        while not ready():
+            self.waiting = (what, source.missing, start)
+            await suspend(lambda resume: source.waiters.append(lambda: self.sm.after(latency, resume)))
+        self.waiting = None
+        self.span("wait", what, start)
+
+    async def _finish_work(self) -> None:
+        """Spend the time of the arithmetic since the last instruction.
+
+        Element-wise instructions flow through the units like a pipeline: each starts a little after the one before it
+        and cannot end before it. A reduction ends before anything after it starts.
+        """
+        work, self.work = self.work, []
+        start = end = self.sm.now
+        for item in work:
+            begin, finish = self.sm.units[item.unit].reserve(item.amount, self, item.name)
+            end = max(end, finish)
+            if item.reduces:
+                await self.sleep_until(end + self.sm.timing.quad_reduce)
+            else:
+                await self.sleep_until(begin + self.sm.timing.math_latency)
+        await self.sleep_until(end)
+        if work:
+            self.span("math", "softmax" if any(item.name == "exp2" for item in work) else "arithmetic", start)
+
+    async def wait_groups(self, groups: list[Group], pending: int, what: str) -> None:
+        """Wait for all but the newest `pending` groups; their registers and buffers are free then."""
+        while len(groups) > pending:
+            group = groups[0]
+            await self.wait_for(what, group, lambda group=group: not group.running, 0)
+            groups.pop(0)
+            self.learn(group.facts)
+            for fragment in group.fragments:
+                if fragment.in_flight is group:
+                    fragment.in_flight = None
+
+    def span(self, kind: str, name: str, start: float) -> None:
+        """Record what this warpgroup did from `start` until now."""
+        if self.sm.now > start:
+            self.sm.spans.append(Span(self.name, kind, name, start, self.sm.now, self.iteration, self.name))
+
+    # --- rules
+
+    def learn(self, facts: set[Fact]) -> None:
+        """Take over what somebody knew."""
+        self.known = still_needed(self.known | facts)
+
+    def access(
+        self, buffer: Buffer, what: str, *, writes: bool, generic: bool, mbarrier: "Mbarrier | None" = None
+    ) -> Access:
+        """Check and note a read or write of shared memory that starts now."""
+        unordered = buffer.conflicts(writes, self.known)
+        if unordered:
+            self.sm.broken(self._race(buffer, what, writes, unordered[-1]))
+        elif not writes and buffer.last_write is None:
+            self.sm.broken(ReadTooEarly(f"{what} reads {buffer.name}: nothing was ever written to it", **self.where()))
+        elif not writes and not generic and buffer.unfenced(self.known):
+            message = f"{what} reads {buffer.name}, written by {buffer.last_write}, with no proxy fence in between"
+            self.sm.broken(MissingProxyFence(message, **self.where(buffer.name)))
+        access = Access(what, self.name, self.iteration, writes, generic, mbarrier)
+        buffer.add(access)
+        return access
+
+    def _race(self, buffer: Buffer, what: str, writes: bool, other: Access) -> Exception:
+        """The exception for an access that conflicts with `other`."""
+        parity = self._parity_mistake(other)
+        verb = "overwrites" if writes else "reads"
+        message = f"{what} {verb} {buffer.name} while nothing says that this is over: {other}"
+        if parity:
+            return WrongParity(f"{message}. {parity}", **self.where(buffer.name))
+        return (OverwriteInUse if writes else ReadTooEarly)(message, **self.where(buffer.name))
+
+    def _parity_mistake(self, other: Access) -> str:
+        """Says so if the wait that should have ordered this access returned at once for an old phase."""
+        if other.mbarrier:  # a load: the barrier on which it completes
+            mbarrier = next((m for m in self.seen if m is other.mbarrier), None)
+        else:  # a read: presumably the barrier for which this warpgroup waited last
+            mbarrier = next(reversed(self.told_nothing), None)
+        if mbarrier is None:
+            return ""
+        phase = self.seen[mbarrier]
+        if not self.told_nothing[mbarrier] and not (phase < 0 and other.mbarrier):
+            return ""
+        old = f"phase {phase}, which it had seen before" if phase >= 0 else "a fresh barrier"
+        return f"Its last wait on {mbarrier.name} asked for parity {phase % 2} and returned at once for {old}"
+
+    def check_registers_free(self, fragment: Fragment) -> None:
+        """RegistersInFlight if a wgmma may still use this tile."""
+        group = fragment.in_flight
+        if group is None:
+            return
+        state = "no wait_group has covered yet" if group.committed else "was not even committed (commit_group)"
+        message = f"{fragment} is accessed while a wgmma on {group.last} uses it, which {state}"
+        self.sm.broken(RegistersInFlight(message, **self.where(group.last)))
+
+    def _check_budget(self) -> None:
+        held = sum(f.registers for f in self.fragments) + OTHER_REGISTERS
+        self.peak_registers = max(self.peak_registers, held)
+        if held > self.max_registers:
+            tiles = ", ".join(f"{f} {f.registers}" for f in sorted(self.fragments, key=lambda f: -f.registers))
+            raise RegistersOverBudget(
+                f"{held} registers a thread, of {self.max_registers}: {tiles}, and {OTHER_REGISTERS} for addresses and "
+                "counters. Drop what is no longer needed (`del`), or compute into the same name",
+                **self.where(),
+            )
+
+    def check_awaited(self) -> None:
+        """MissingAwait if the last instruction was written without `await`."""
+        if self.unawaited:
+            forgotten, self.unawaited = self.unawaited, None
+            forgotten.body.close()
+            raise MissingAwait(f"wg.{forgotten.name}(...) was not awaited", **self.where())

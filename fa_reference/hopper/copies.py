@@ -1,0 +1,117 @@
+"""A warpgroup's instructions that move tiles: TMA between global and shared memory, ordinary loads and stores."""
+
+from typing import TYPE_CHECKING
+
+from fa_reference.hopper.agent import Agent, Group, instruction
+from fa_reference.hopper.barriers import Mbarrier
+from fa_reference.hopper.memory import Buffer, GlobalTensor, round_to
+from fa_reference.hopper.registers import Fragment
+from fa_reference.hopper.rules import IllegalOperand
+
+if TYPE_CHECKING:
+    from fa_reference.hopper.sm import SM
+
+
+class Copies(Agent):
+    """The part of a warpgroup that copies."""
+
+    def __init__(self, sm: "SM", name: str, registers: int) -> None:
+        super().__init__(sm, name, registers)
+        self.open_stores = Group()
+        self.store_groups: list[Group] = []  # committed, not yet waited for
+
+    # --- TMA
+
+    @instruction
+    async def tma_load(self, buffer: Buffer, source: GlobalTensor, row: int, mbarrier: Mbarrier) -> None:
+        """cp.async.bulk.tensor, global to shared: rows row.. of `source`; its bytes complete on `mbarrier`.
+
+        Rows outside the tensor become zeros. Returns at once; the tile is there when the mbarrier's phase completes.
+        """
+        await self.issue("TMA load", buffer.name)
+        self._check_box(buffer, source)
+        access = self.access(buffer, "TMA load", writes=True, generic=False, mbarrier=mbarrier)
+        phase, where = mbarrier.phase, self.where(buffer.name)
+
+        def complete() -> None:
+            buffer.data[:] = source.box(row, buffer.shape)
+            mbarrier.complete_tx(buffer.bytes, {(access, "over")}, phase, **where)
+
+        _, end = self.sm.units["TMA"].reserve(self._traffic(buffer, source), self, f"load {buffer.name}")
+        self.sm.background(end + self._tma_latency(source), complete)
+
+    @instruction
+    async def tma_store(self, target: GlobalTensor, row: int, buffer: Buffer) -> None:
+        """cp.async.bulk.tensor, shared to global: rows row.. of `target`; rows outside it are dropped."""
+        await self.issue("TMA store", buffer.name)
+        self._check_box(buffer, target)
+        access = self.access(buffer, "TMA store", writes=False, generic=False)
+        group = self.open_stores
+        group.running += 1
+        group.facts.add((access, "over"))
+
+        def complete() -> None:
+            target.put(row, buffer.data)
+            group.one_done()
+
+        _, end = self.sm.units["TMA"].reserve(self._traffic(buffer, target), self, f"store {buffer.name}")
+        self.sm.background(end + self._tma_latency(target), complete)
+
+    @instruction
+    async def bulk_commit_group(self) -> None:
+        """cp.async.bulk.commit_group: make a group of the TMA stores since the last one."""
+        await self.issue("cp.async.bulk.commit_group")
+        self.open_stores.committed = True
+        self.store_groups.append(self.open_stores)
+        self.open_stores = Group()
+
+    @instruction
+    async def bulk_wait_group(self, pending: int) -> None:
+        """cp.async.bulk.wait_group: until at most the newest `pending` groups of TMA stores are not complete."""
+        await self.issue("cp.async.bulk.wait_group", str(pending))
+        await self.wait_groups(self.store_groups, pending, "TMA store")
+
+    def _check_box(self, buffer: Buffer, tensor: GlobalTensor) -> None:
+        if buffer.shape[1] != tensor.data.shape[1] or buffer.dtype != tensor.dtype or buffer.shape[0] > 256:
+            columns = f"{tensor.data.shape[1]} columns of {tensor.dtype}"
+            message = f"TMA between {buffer} and {tensor.name} ({columns}): columns, dtype, or more than 256 rows"
+            raise IllegalOperand(message, **self.where(buffer.name))
+
+    def _traffic(self, buffer: Buffer, tensor: GlobalTensor) -> float:
+        """Bytes, as the TMA unit counts them: those of HBM take longer."""
+        self.sm.units["smem"].count(buffer.bytes)
+        timing = self.sm.timing
+        return buffer.bytes * (timing.l2_bytes_per_clk / timing.hbm_bytes_per_clk if tensor.level == "HBM" else 1)
+
+    def _tma_latency(self, tensor: GlobalTensor) -> float:
+        timing = self.sm.timing
+        return self.sm.luck.vary(timing.tma_hbm_latency if tensor.level == "HBM" else timing.tma_l2_latency)
+
+    # --- ordinary loads and stores
+
+    @instruction
+    async def load_shared(self, buffer: Buffer) -> Fragment:
+        """ld.shared / ldmatrix: a tile of 64 rows to registers."""
+        await self.issue("ld.shared", buffer.name)
+        access = self.access(buffer, "ld.shared", writes=False, generic=True)
+        values = buffer.data.copy()
+        await self.sleep_until(self.sm.units["smem"].reserve(buffer.bytes, self, f"load {buffer.name}")[1])
+        self.known.add((access, "over"))
+        return Fragment(self, values, buffer.dtype)
+
+    @instruction
+    async def store_shared(self, buffer: Buffer, tile: Fragment) -> None:
+        """st.shared / stmatrix: a tile to shared memory, through the generic proxy."""
+        await self.issue("st.shared", buffer.name)
+        if tile.shape != buffer.shape:
+            raise IllegalOperand(f"st.shared of {tile} to {buffer}", **self.where(buffer.name))
+        access = self.access(buffer, "st.shared", writes=True, generic=True)
+        buffer.data[:] = round_to(tile.values, buffer.dtype)
+        await self.sleep_until(self.sm.units["smem"].reserve(buffer.bytes, self, f"store {buffer.name}")[1])
+        self.known.add((access, "over"))
+
+    @instruction
+    async def store_global(self, target: GlobalTensor, row: int, tile: Fragment) -> None:
+        """st.global: a tile to rows row.. of `target`; the kernel itself must leave out rows outside it."""
+        await self.issue("st.global", target.name)
+        target.put(row, tile.values)
