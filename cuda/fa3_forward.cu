@@ -7,7 +7,7 @@
 //   warp specialisation  loads never wait for arithmetic; registers move from producer to consumers;
 //   pingpong             the consumers issue their matrix products in turn, so one's softmax runs under the other's;
 //   two-stage pipeline   a consumer issues S of the next block before it needs P V of this one (Algorithm 2).
-// Beyond the paper: O is only rescaled when the running maximum grew by more than 2^8 (see `softmax`).
+// Beyond the paper: the maximum of a block is only computed if its exponentials grow too large (see `softmax`).
 //
 // Layouts: every shared tile is [head_dim / 64][rows][64] with the 128-byte swizzle, as one 5-D TMA box delivers it.
 #include "hopper/base.cuh"
@@ -22,7 +22,8 @@
 constexpr int kHeadDim = FA_HEAD_DIM;
 constexpr int kConsumers = FA_CONSUMERS;    // warpgroups that compute; each owns 64 rows of the query tile
 constexpr int kBlockK = FA_BLOCK_K;         // keys in a block
-constexpr int kStages = FA_STAGES;          // slots in each ring
+constexpr int kStages = FA_STAGES;          // slots in the rings of K and V
+constexpr int kQueryStages = FA_QUERY_STAGES;  // with 2, the next tile's queries are there before this tile ends
 constexpr bool kCausal = FA_CAUSAL;
 constexpr bool kBf16 = FA_BF16;
 constexpr bool kPingpong = FA_PINGPONG;
@@ -31,9 +32,9 @@ constexpr int kProducerRegisters = FA_PRODUCER_REGISTERS, kConsumerRegisters = F
 constexpr int kBlockQ = 64 * kConsumers;
 constexpr int kThreads = 128 * (1 + kConsumers);
 constexpr u32 kBytesQ = kBlockQ * kHeadDim * 2, kBytesKV = kBlockK * kHeadDim * 2;
-constexpr float kLog2e = 1.4426950408889634f;
+constexpr float kLog2e = 1.4426950408889634f, kLn2 = 0.6931471805599453f;
 constexpr float kInfinity = __builtin_bit_cast(float, 0x7f800000u);
-constexpr float kLazyLog2 = 8.0f;  // O and the row sums are rescaled once the maximum grew by more than this (log2)
+constexpr float kLargestSum = 16384.0f;  // of a thread's exponentials in one block, before a new maximum is taken
 
 struct Problem {
     int len_q, len_k;
@@ -52,12 +53,12 @@ struct Tile {
 };
 
 struct Shared {
-    alignas(1024) u16 q[kBlockQ * kHeadDim];
+    alignas(1024) u16 q[kQueryStages][kBlockQ * kHeadDim];
     alignas(1024) u16 k[kStages][kBlockK * kHeadDim];
     alignas(1024) u16 v[kStages][kBlockK * kHeadDim];
-    u64 q_full, q_empty;
+    u64 q_full[kQueryStages], q_empty[kQueryStages];
     u64 k_full[kStages], k_empty[kStages], v_full[kStages], v_empty[kStages];
-    Tile tile;  // published together with q_full
+    Tile tile[kQueryStages];  // published together with q_full
 };
 
 // Names of the barriers in the debug build's deadlock record; fa3_forward.py has the same list.
@@ -112,11 +113,12 @@ __device__ __forceinline__ void quad_transpose(u32 (&x)[4], int q) {
     }
 }
 
-// Place in a ring: slot and parity follow from how many blocks have passed.
+// Place in a ring: slot and parity follow from how many items have passed.
+template <int kSlots>
 struct Cursor {
     u32 count = 0;
-    __device__ __forceinline__ u32 slot() const { return count % kStages; }
-    __device__ __forceinline__ u32 parity() const { return (count / kStages) & 1; }
+    __device__ __forceinline__ u32 slot() const { return count % kSlots; }
+    __device__ __forceinline__ u32 parity() const { return (count / kSlots) & 1; }
 };
 
 // Tile number -> tile. Numbers run through sections of heads; in a section the head varies fastest. Causal: the last
@@ -146,8 +148,8 @@ __device__ __forceinline__ Tile decode(u32 number, const Problem& problem) {
 __device__ __forceinline__ void produce(Shared& shared, const TensorMap& q_map, const TensorMap& k_map,
                                         const TensorMap& v_map, u32* tile_counter, const Problem& problem) {
     const u32 tiles = problem.query_tiles * problem.heads;
-    Cursor k_cursor, v_cursor;
-    u32 tile_parity = 1;
+    Cursor<kStages> k_cursor, v_cursor;
+    Cursor<kQueryStages> q_cursor;
     u32 number = blockIdx.x;
     while (true) {
         Tile tile = {0, 0, 0, -1, 0};
@@ -170,14 +172,15 @@ __device__ __forceinline__ void produce(Shared& shared, const TensorMap& q_map, 
         };
 
         if (tile.key_blocks > 0) load_k(tile.key_blocks - 1);
-        mbarrier_wait(&shared.q_empty, tile_parity, Q_EMPTY, number);
-        tile_parity ^= 1;
-        shared.tile = tile;
+        const u32 slot = q_cursor.slot();
+        mbarrier_wait(&shared.q_empty[slot], q_cursor.parity() ^ 1, Q_EMPTY, number);
+        ++q_cursor.count;
+        shared.tile[slot] = tile;
         if (tile.key_blocks > 0) {
-            mbarrier_arrive_expect_tx(&shared.q_full, kBytesQ);
-            tma_load_5d(shared.q, &q_map, &shared.q_full, 0, tile.query_start, 0, tile.head, tile.batch);
+            mbarrier_arrive_expect_tx(&shared.q_full[slot], kBytesQ);
+            tma_load_5d(shared.q[slot], &q_map, &shared.q_full[slot], 0, tile.query_start, 0, tile.head, tile.batch);
         } else {
-            mbarrier_arrive(&shared.q_full);
+            mbarrier_arrive(&shared.q_full[slot]);
             if (tile.key_blocks < 0) break;
         }
         for (int block = tile.key_blocks - 2; block >= 0; --block) {
@@ -194,66 +197,60 @@ __device__ __forceinline__ void produce(Shared& shared, const TensorMap& q_map, 
 // ---- consumer ------------------------------------------------------------------------------------------------------
 // What a thread keeps for its two rows (l / 4 and l / 4 + 8 of its warp's 16).
 struct Rows {
-    float maximum[2];      // running maximum of the raw scores, as used in p = exp2(c s - c m)
-    float scaled[2];       // c m, or 0 while the row has seen no key
-    float sum[2];          // this thread's part of the row sum
-    float factor[2];       // what O has to be multiplied with after a change of the maximum
-    int limit[2];          // scores up to this, compared as integers, need no new maximum
+    float scaled[2];  // c m: m is a maximum of scores seen so far, p = exp2(c s - c m); -inf while no key was seen
+    float sum[2];     // this thread's part of the row sum
+    float factor[2];  // what O has to be multiplied with after a change of m
 };
 
-__device__ __forceinline__ float row_max(const float (&s)[kBlockK / 2], int half) {
-    float m = fmaxf(s[2 * half], s[2 * half + 1]);
+// One exponential pass over S: P = exp2(c S - c m), rounded and packed for wgmma, and the row sums of this block.
+__device__ __forceinline__ void exponentials(const float (&s)[kBlockK / 2], u32 (&p)[kBlockK / 4], float (&sum)[2],
+                                             const float (&scaled)[2], float c) {
+    sum[0] = sum[1] = 0.0f;
 #pragma unroll
-    for (int i = 4; i < kBlockK / 2; i += 4) m = fmaxf(m, fmaxf(s[i + 2 * half], s[i + 2 * half + 1]));
-    return m;
+    for (int i = 0; i < kBlockK / 4; ++i) {
+        const int half = i % 2;
+        const float low = exp2_approx(fmaf(s[2 * i], c, -scaled[half]));
+        const float high = exp2_approx(fmaf(s[2 * i + 1], c, -scaled[half]));
+        sum[half] += low;
+        sum[half] += high;
+        p[i] = pack(low, high);
+    }
 }
 
-// The exact update: new maximum, factor for the old sums, limit. Rarely taken after a tile's first blocks.
-__device__ __forceinline__ void raise_maximum(Rows& rows, const float (&s)[kBlockK / 2], float c) {
+// The textbook update: new maximum, factor for the old sums and O, exponentials with the new maximum.
+__device__ __forceinline__ void exact_softmax(const float (&s)[kBlockK / 2], u32 (&p)[kBlockK / 4], float (&sum)[2],
+                                              Rows& rows, float c) {
+    float used[2];
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-        const float old_scaled = rows.maximum[half] * c;
-        const float m = fmaxf(rows.maximum[half], quad_max(row_max(s, half)));
-        const bool empty = m == -kInfinity;
-        rows.maximum[half] = m;
-        rows.scaled[half] = empty ? 0.0f : m * c;
-        rows.factor[half] = empty ? 1.0f : exp2_approx(old_scaled - rows.scaled[half]);
+        float m = fmaxf(s[2 * half], s[2 * half + 1]);
+#pragma unroll
+        for (int i = 4; i < kBlockK / 2; i += 4) m = fmaxf(m, fmaxf(s[i + 2 * half], s[i + 2 * half + 1]));
+        const float scaled = fmaxf(rows.scaled[half], quad_max(m) * c);
+        const bool empty = scaled == -kInfinity;
+        used[half] = empty ? 0.0f : scaled;  // -inf - (-inf) is not a number
+        rows.factor[half] = empty ? 1.0f : exp2_approx(rows.scaled[half] - scaled);
+        rows.scaled[half] = scaled;
         rows.sum[half] *= rows.factor[half];
-        const float limit = m + kLazyLog2 / c;
-        rows.limit[half] = limit >= 0.0f ? __float_as_int(limit) : static_cast<int>(0x80000000u);
     }
+    exponentials(s, p, sum, used, c);
 }
 
-// S -> P in place; returns whether O must be rescaled (the same answer in all lanes of the warp).
+// S -> P; returns whether O must be rescaled (the same answer in all lanes of the warp).
 //
 // Softmax does not change when another number than the true maximum is subtracted; the number must only keep exp2 in
-// range. So the maximum m of an earlier block is kept while no score exceeds m by more than 2^8 after exp2: p <= 256
-// fits both formats, and the sum stays >= 1 because m was attained. Hence a block needs only the question "is any
-// score above the limit", and integer comparison answers it: for limit >= 0, the bits of a float are above the limit's
-// bits exactly if the float is (negative floats are negative integers), at half the instructions, since the hardware
-// has a three-input integer maximum. A negative limit is stored as the smallest integer: the exact path runs always.
-template <bool kFirst>
-__device__ __forceinline__ bool softmax(Rows& rows, float (&s)[kBlockK / 2], float c) {
-    bool changed = true;
-    if constexpr (!kFirst) {
-        int top[2];
-#pragma unroll
-        for (int half = 0; half < 2; ++half) {
-            top[half] = max(__float_as_int(s[2 * half]), __float_as_int(s[2 * half + 1]));
-#pragma unroll
-            for (int i = 4; i < kBlockK / 2; i += 4)
-                top[half] = __vimax3_s32(top[half], __float_as_int(s[i + 2 * half]), __float_as_int(s[i + 2 * half + 1]));
-        }
-        changed = __any_sync(0xffffffffu, top[0] > rows.limit[0] || top[1] > rows.limit[1]);
-    }
-    if (changed) raise_maximum(rows, s, c);
-#pragma unroll
-    for (int i = 0; i < kBlockK / 2; ++i) {
-        const int half = (i / 2) % 2;
-        s[i] = exp2_approx(fmaf(s[i], c, -rows.scaled[half]));
-        rows.sum[half] += s[i];
-    }
-    return changed;
+// range. So m, the maximum at some earlier block, is kept for as long as it does, and a block's maximum is not even
+// computed: its exponentials are taken with the old m, and if they turn out too large, once more with a new one (S is
+// still in registers). Safe for every input: p <= sum <= 2^14 fits both formats; the sum over the row is at least 1,
+// because m was attained; overflow, NaN, and rows without a key so far (m = -inf) all fail the test `sum <= 2^14`.
+__device__ __forceinline__ bool softmax(const float (&s)[kBlockK / 2], u32 (&p)[kBlockK / 4], Rows& rows, float c) {
+    float sum[2];
+    exponentials(s, p, sum, rows.scaled, c);
+    const bool again = __any_sync(0xffffffffu, !(sum[0] <= kLargestSum && sum[1] <= kLargestSum));
+    if (again) exact_softmax(s, p, sum, rows, c);
+    rows.sum[0] += sum[0];
+    rows.sum[1] += sum[1];
+    return again;
 }
 
 // Scores of keys that a row must not see become -inf. `limit` = number of visible keys from the block's start on.
@@ -299,16 +296,20 @@ __device__ __forceinline__ void consume(Shared& shared, const int consumer, u16*
     const u32 my_turn = kTurnBarrier + consumer, next_turn = kTurnBarrier + (consumer + 1) % kConsumers;
     // In the main loop consumer 0 alone asks the mbarriers: the others get their turn after it, and so after the data.
     const bool asks = !kPingpong || consumer == 0;
-    Cursor k_cursor, v_cursor;
-    u32 tile_parity = 0;
+    // The compiler takes P's registers for free once P V is issued, though it is still running, and would put the next
+    // P there. A choice that it cannot foresee keeps them occupied until the wait.
+    const bool never = problem.len_k < 0;
+    Cursor<kStages> k_cursor, v_cursor;
+    Cursor<kQueryStages> q_cursor;
     if (kPingpong && consumer == kConsumers - 1) named_barrier_arrive(next_turn, 256);  // consumer 0 may begin
 
     auto issue_qk = [&](float (&s)[kBlockK / 2]) {  // S = Q K^T, overwriting s
+        const u64 q = wgmma_advance(q_descriptor, q_cursor.slot() * kBytesQ);
         const u64 k = wgmma_advance(k_descriptor, k_cursor.slot() * kBytesKV);
         wgmma_fence();
 #pragma unroll
         for (int step = 0; step < kHeadDim / 16; ++step)
-            Wgmma<kBlockK, kBf16>::ss(s, wgmma_advance(q_descriptor, step / 4 * kBlockQ * 128 + step % 4 * 32),
+            Wgmma<kBlockK, kBf16>::ss(s, wgmma_advance(q, step / 4 * kBlockQ * 128 + step % 4 * 32),
                                       wgmma_advance(k, step / 4 * kBlockK * 128 + step % 4 * 32), step != 0);
         wgmma_commit();
     };
@@ -321,19 +322,15 @@ __device__ __forceinline__ void consume(Shared& shared, const int consumer, u16*
                                        wgmma_advance(v, step * 16 * 128), 1);
         wgmma_commit();
     };
-    auto release = [&](u64* empty, Cursor& cursor) {
+    auto release = [&](u64* empty, Cursor<kStages>& cursor) {
         if (thread == 0) mbarrier_arrive(&empty[cursor.slot()]);
         ++cursor.count;
     };
-    auto pack_p = [&](u32 (&p)[kBlockK / 4], const float (&s)[kBlockK / 2]) {
-#pragma unroll
-        for (int i = 0; i < kBlockK / 4; ++i) p[i] = pack(s[2 * i], s[2 * i + 1]);
-    };
 
     while (true) {
-        mbarrier_wait(&shared.q_full, tile_parity, Q_FULL, tile_parity);
-        tile_parity ^= 1;
-        const Tile tile = shared.tile;
+        const u32 q_slot = q_cursor.slot();
+        mbarrier_wait(&shared.q_full[q_slot], q_cursor.parity(), Q_FULL, q_cursor.count);
+        const Tile tile = shared.tile[q_slot];
         const int key_blocks = warp_uniform(tile.key_blocks), unmasked_blocks = tile.unmasked_blocks;
         if (key_blocks < 0) break;
         const int row = tile.query_start + row_in_tile;  // this thread's upper row
@@ -345,7 +342,7 @@ __device__ __forceinline__ void consume(Shared& shared, const int consumer, u16*
         }
         visible_top -= 2 * (lane % 4);
         visible_bottom -= 2 * (lane % 4);
-        Rows rows = {{-kInfinity, -kInfinity}, {0, 0}, {0, 0}, {1, 1}, {0, 0}};
+        Rows rows = {{-kInfinity, -kInfinity}, {0, 0}, {1, 1}};
         float o[kHeadDim / 2];
         u32 p[kBlockK / 4];
 #pragma unroll
@@ -360,12 +357,12 @@ __device__ __forceinline__ void consume(Shared& shared, const int consumer, u16*
                 wgmma_wait<0>();
                 release(shared.k_empty, k_cursor);
                 mask(s, visible_top - block * kBlockK, visible_bottom - block * kBlockK);
-                softmax<true>(rows, s, c);
-                pack_p(p, s);
+                exact_softmax(s, p, rows.sum, rows, c);
             }
             // One step of Algorithm 2: S of `block` and P V of the block before are in flight together.
             auto step = [&](auto masked) {
                 float s[kBlockK / 2];
+                u32 next_p[kBlockK / 4];
                 if (asks) mbarrier_wait(&shared.k_full[k_cursor.slot()], k_cursor.parity(), K_FULL, block);
                 if (kPingpong) named_barrier_sync(my_turn, 256);
                 issue_qk(s);
@@ -375,14 +372,15 @@ __device__ __forceinline__ void consume(Shared& shared, const int consumer, u16*
                 wgmma_wait<1>();  // S is there, P V may go on
                 release(shared.k_empty, k_cursor);
                 if (decltype(masked)::value) mask(s, visible_top - block * kBlockK, visible_bottom - block * kBlockK);
-                const bool rescale = softmax<false>(rows, s, c);
+                const bool rescale = softmax(s, next_p, rows, c);
                 wgmma_wait<0>();  // P V is done: O and the registers of P are free
                 release(shared.v_empty, v_cursor);
                 if (rescale) {
 #pragma unroll
                     for (int i = 0; i < kHeadDim / 2; ++i) o[i] *= rows.factor[(i / 2) % 2];
                 }
-                pack_p(p, s);
+#pragma unroll
+                for (int i = 0; i < kBlockK / 4; ++i) p[i] = never ? p[i] : next_p[i];
             };
             --block;
             if constexpr (kCausal) {
@@ -394,7 +392,8 @@ __device__ __forceinline__ void consume(Shared& shared, const int consumer, u16*
         }
         // The last S is done, so Q may be overwritten, and all lanes have read the tile.
         __syncwarp();
-        if (lane == 0) mbarrier_arrive(&shared.q_empty);
+        if (lane == 0) mbarrier_arrive(&shared.q_empty[q_slot]);
+        ++q_cursor.count;
         if (key_blocks > 0) {
             mbarrier_wait(&shared.v_full[v_cursor.slot()], v_cursor.parity(), V_FULL, 0);
             issue_pv(o, p);
@@ -410,7 +409,7 @@ __device__ __forceinline__ void consume(Shared& shared, const int consumer, u16*
             inverse[half] = sum == 0.0f ? 0.0f : 1.0f / sum;
             if (lane % 4 == 0 && 8 * half < rows_left)
                 lse_pointer[(static_cast<long long>(tile.batch) * problem.heads_q + tile.head) * problem.len_q + row + 8 * half] =
-                    sum == 0.0f ? -kInfinity : rows.maximum[half] * problem.scale + logf(sum);
+                    sum == 0.0f ? -kInfinity : rows.scaled[half] * kLn2 + logf(sum);
         }
         u16* o_top = o_pointer + tile.batch * problem.o_stride_batch + tile.head * problem.o_stride_head +
                      row * problem.o_stride_row;
@@ -428,8 +427,10 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1)
     const int warpgroup = warp_uniform(threadIdx.x / 128);
 
     if (threadIdx.x == 0) {
-        mbarrier_init(&shared.q_full, 1);
-        mbarrier_init(&shared.q_empty, 4 * kConsumers);  // one arrival a warp
+        for (int slot = 0; slot < kQueryStages; ++slot) {
+            mbarrier_init(&shared.q_full[slot], 1);
+            mbarrier_init(&shared.q_empty[slot], 4 * kConsumers);  // one arrival a warp
+        }
         for (int slot = 0; slot < kStages; ++slot) {
             mbarrier_init(&shared.k_full[slot], 1);
             mbarrier_init(&shared.v_full[slot], 1);

@@ -41,6 +41,7 @@ class Config:
     pingpong: bool
     producer_registers: int
     consumer_registers: int
+    query_stages: int = 2
     stages: int = 2
 
     @property
@@ -56,17 +57,17 @@ class Config:
     @property
     def shared_bytes(self) -> int:
         """Dynamic shared memory: Q, the two rings, and 1 KiB for barriers and the tile in work."""
-        return 2 * self.head_dim * (self.block_q + 2 * self.stages * self.block_k) + 1024
+        return 2 * self.head_dim * (self.query_stages * self.block_q + 2 * self.stages * self.block_k) + 1024
 
 
 # (head_dim, causal) -> tile. Registers: (1 x producer + consumers x consumer) x 128 must not exceed what the block has.
 CONFIGS = {
-    (64, False): Config(64, 3, 128, True, 32, 160),
-    (64, True): Config(64, 3, 128, True, 32, 160),
-    (128, False): Config(128, 2, 176, True, 24, 240),
+    (64, False): Config(64, 3, 96, True, 32, 160),
+    (64, True): Config(64, 3, 96, True, 32, 160),
+    (128, False): Config(128, 2, 128, True, 24, 240),
     (128, True): Config(128, 2, 128, True, 24, 240),
-    (256, False): Config(256, 2, 80, False, 24, 240),
-    (256, True): Config(256, 2, 80, False, 24, 240),
+    (256, False): Config(256, 2, 64, False, 24, 240, query_stages=1),
+    (256, True): Config(256, 2, 64, False, 24, 240, query_stages=1),
 }
 HEAD_DIMS = tuple(sorted({head_dim for head_dim, _ in CONFIGS}))
 
@@ -98,6 +99,7 @@ def compile_config(
         "FA_CONSUMERS": config.consumers,
         "FA_BLOCK_K": config.block_k,
         "FA_STAGES": config.stages,
+        "FA_QUERY_STAGES": config.query_stages,
         "FA_CAUSAL": int(causal),
         "FA_BF16": int(dtype == torch.bfloat16),
         "FA_PINGPONG": int(config.pingpong),

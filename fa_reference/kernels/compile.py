@@ -13,6 +13,7 @@ import json
 import os
 import re
 import tempfile
+import threading
 import time
 from collections.abc import Mapping, Sequence
 from functools import cache
@@ -25,6 +26,7 @@ from fa_reference.kernels.errors import KernelUnavailable
 ARCH = "sm_90a"  # Hopper with its own instructions (wgmma, setmaxnreg); runs on compute capability 9.0 only
 _INCLUDE = re.compile(r'^[ \t]*#[ \t]*include[ \t]*"([^"]+)"', re.MULTILINE)
 _FORMAT = 1  # of the cache files
+_importing = threading.Lock()  # cuda.core cannot be imported by two threads at once
 
 
 @dataclasses.dataclass(frozen=True)
@@ -118,7 +120,7 @@ def compile_kernel(
     settings = {
         "arch": arch,
         "std": "c++17",
-        "define_macro": [(name, str(value)) for name, value in sorted((defines or {}).items())],
+        "define_macro": [(name, str(value)) for name, value in sorted((defines or {}).items())] or None,
         "ptxas_options": ["-v"],  # registers and spills into the log
         "device_as_default_execution_space": True,  # lambdas in kernels need no __device__
         **(options or {}),
@@ -162,13 +164,13 @@ def _shown(path: Path) -> str:
 
 
 def _cuda_core() -> tuple[type, type]:
-    try:
-        from cuda.core import Program, ProgramOptions
-    except ImportError:
-        try:  # where it lived before version 0.5
-            from cuda.core.experimental import Program, ProgramOptions
+    with _importing:
+        try:
+            from cuda.core import Program, ProgramOptions
         except ImportError as error:
-            raise KernelUnavailable(f"compiling CUDA needs the package cuda-core ({error}); run: make setup") from error
+            raise KernelUnavailable(
+                f"compiling CUDA needs the package cuda-core, 1.0 or later ({error}); run: make setup"
+            ) from error
     return Program, ProgramOptions
 
 

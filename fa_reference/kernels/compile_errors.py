@@ -66,7 +66,7 @@ def _ptx_with_lines(text: str, shown: str, folders: Sequence[Path], settings: di
     arch = str(settings["arch"])
     common = [f"--std={settings['std']}", "--device-as-default-execution-space", "--generate-line-info"]
     common += [f"-I{folder}" for folder in folders]
-    common += [f"-D{name}={value}" for name, value in settings["define_macro"]]  # type: ignore[attr-defined]
+    common += [f"-D{name}={value}" for name, value in settings["define_macro"] or ()]  # type: ignore[attr-defined]
     results = []
     for target in (arch.replace("sm_", "compute_"), arch):
         options = [option.encode() for option in (f"--gpu-architecture={target}", *common)]
