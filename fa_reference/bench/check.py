@@ -13,6 +13,7 @@ from fa_reference.error_rule import ErrorReport, Yardstick
 from fa_reference.inputs import Case
 
 Inputs = tuple[Tensor, Tensor, Tensor]
+Output = tuple[Tensor, Tensor | None]
 
 
 def make_inputs(cell: Cell, device: str) -> Inputs:

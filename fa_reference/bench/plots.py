@@ -112,20 +112,18 @@ def bytes_figure(
     """HBM bytes of one head over N, counted by formula: naive, FA1, FA2, and Q, K, V, O once."""
     from matplotlib.figure import Figure
 
-    from fa_reference.counts import fa1_hbm_bytes, fa2_hbm_bytes, naive_hbm_bytes
-
     figure = Figure(figsize=(4.6 * len(head_dims), 4.4), dpi=110)
     panels = figure.subplots(1, len(head_dims), squeeze=False, sharey=True)[0]
+    curves = {
+        "naive": ("naive, float32 S and P", "--"),
+        "explicit": ("naive, 16-bit S and P", "-"),
+        "fa1_triton": ("FA1, $B_c$ = 2d", "-"),
+        "fa2_triton": ("FA2, $B_r$ = 64", "-"),
+    }
     for axes, d in zip(panels, head_dims, strict=True):
-        curves = {
-            "naive": ("naive, 16-bit S and P", [naive_hbm_bytes(n, n, d) for n in lengths]),
-            "fa1_tiled": ("FA1, $B_c$ = 128", [fa1_hbm_bytes(n, n, d, 128, 2, 4) for n in lengths]),
-            "fa2_tiled": ("FA2, $B_r$ = 128", [fa2_hbm_bytes(n, n, d, 128) for n in lengths]),
-        }
-        for name, (label, values) in curves.items():
-            axes.plot(lengths, [v / 1e6 for v in values], label=label, **style(name))
-        stored32 = [counted("naive", Cell("bytes", 1, 1, 1, n, n, d, False)).bytes / 1e6 for n in lengths]
-        axes.plot(lengths, stored32, label="naive, float32 S and P", **style("naive") | {"linestyle": "--"})
+        for name, (label, line) in curves.items():
+            moved = [counted(name, Cell("bytes", 1, 1, 1, n, n, d, False)).bytes / 1e6 for n in lengths]
+            axes.plot(lengths, moved, label=label, **style(name) | {"linestyle": line})
         once = [8 * n * d / 1e6 for n in lengths]
         axes.plot(lengths, once, color="#666666", linestyle=":", label="Q, K, V, O once")
         axes.set_yscale("log")

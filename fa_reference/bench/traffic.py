@@ -8,8 +8,10 @@ from fa_reference.bench.grid import Cell
 from fa_reference.counts import fa1_hbm_bytes, fa2_hbm_bytes, naive_hbm_bytes
 
 ELEMENT = 2  # bytes of a 16-bit number; the race has no other inputs
-FA1_BLOCK_K = 64  # B_c of the FA1 Triton solution
-FA2_BLOCK_Q = 128  # B_r that FA2 kernels commonly use
+# Tiles of the Triton solutions on a Hopper GPU, by head dimension (a test compares them with the solutions).
+FA1_BLOCK_K = {64: 128, 128: 256}  # B_c
+FA2_BLOCK_Q = {64: 64, 128: 64, 256: 128}  # B_r; the library kernels' tiles are not known: 128 is usual
+USUAL_BLOCK_Q = 128
 FUSED = ("fa2_triton", "torch_fa2", "cudnn", "fa3", "fa4")
 
 
@@ -36,10 +38,12 @@ def counted(name: str, cell: Cell) -> Traffic | None:
     if name == "fa1_triton":
         partial = 4 * (cell.len_q * cell.head_dim + 2 * cell.len_q)
         result = ELEMENT * cell.len_q * cell.head_dim + 4 * cell.len_q
-        loop = fa1_hbm_bytes(*shape, FA1_BLOCK_K, ELEMENT, 4)
-        return Traffic(heads * (loop + 2 * partial + result), f"Algorithm 1 with B_c = {FA1_BLOCK_K}, float32 O, l, m")
+        block_k = FA1_BLOCK_K[cell.head_dim]
+        loop = fa1_hbm_bytes(*shape, block_k, ELEMENT, 4)
+        return Traffic(heads * (loop + 2 * partial + result), f"Algorithm 1 with B_c = {block_k}, float32 O, l, m")
     if name in FUSED:
-        return Traffic(heads * fa2_hbm_bytes(*shape, FA2_BLOCK_Q, ELEMENT), f"Q outer, B_r = {FA2_BLOCK_Q}")
+        block_q = FA2_BLOCK_Q[cell.head_dim] if name == "fa2_triton" else USUAL_BLOCK_Q
+        return Traffic(heads * fa2_hbm_bytes(*shape, block_q, ELEMENT), f"Q outer, B_r = {block_q}")
     return None
 
 

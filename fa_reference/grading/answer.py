@@ -45,7 +45,9 @@ class Workshop:
         ours, theirs = socket.socketpair()
         # NVML answers "is there a GPU?" without starting CUDA, which would not survive a fork.
         path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
-        environment = {**os.environ, "PYTORCH_NVML_BASED_CUDA_CHECK": "1", "PYTHONPATH": path}
+        # One thread: a process with a pool of threads should not fork.
+        threads = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
+        environment = {**os.environ, **threads, "PYTORCH_NVML_BASED_CUDA_CHECK": "1", "PYTHONPATH": path}
         command = [sys.executable, "-m", "fa_reference.grading.worker", str(theirs.fileno()), *preload]
         self._process = subprocess.Popen(
             command, pass_fds=[theirs.fileno()], env=environment, stdin=subprocess.DEVNULL, cwd=ROOT

@@ -17,6 +17,7 @@ from fa_reference.bench.contenders import Contender, course_contenders
 from fa_reference.bench.run import DeviceLost, Race, run_cell, run_cells
 from fa_reference.error_rule import Yardstick
 from fa_reference.gold import baseline_attention
+from fa_reference.versions import load_version
 
 SMALL = grid.Cell("paper", 1, 2, 1, 48, 48, 64, True)
 
@@ -441,6 +442,20 @@ def test_without_a_gpu_or_records_that_is_said(tmp_path, monkeypatch):
     console = Console(file=io.StringIO(), width=200)
     cpu.show_recorded(console)
     assert "No GPU results are recorded" in console.file.getvalue()
+
+
+def test_counted_tiles_are_those_of_the_solutions():
+    hopper = torch.device("cpu")  # the solutions take a machine without a GPU for a Hopper one
+    fa1, fa2 = load_version("fa1_triton"), load_version("fa2_triton")
+    assert {d: fa1.key_block(d, hopper) for d in traffic.FA1_BLOCK_K} == traffic.FA1_BLOCK_K
+    assert {d: fa2.config_for(d, hopper).block_q for d in traffic.FA2_BLOCK_Q} == traffic.FA2_BLOCK_Q
+
+
+def test_fa1_moves_fewer_bytes_than_any_naive_version():
+    for d in traffic.FA1_BLOCK_K:
+        for n in (512, 2048, 16384):
+            cell = grid.Cell("bytes", 1, 1, 1, n, n, d, False)
+            assert traffic.counted("fa1_triton", cell).bytes < traffic.counted("explicit", cell).bytes, (d, n)
 
 
 def test_counted_bytes_equal_the_formula():
