@@ -1,11 +1,11 @@
-"""Triton with or without a GPU: `from fa_reference.triton_cpu import triton, tl` is how every kernel of the course imports it.
+"""Triton with or without a GPU: kernels of the course say `from fa_reference.triton_cpu import triton, tl`.
 
 With a GPU this is plain Triton. Without one the import does two things:
 
 1. It sets TRITON_INTERPRET=1 before Triton is imported, so that kernels run on CPU tensors in Triton's interpreter: one
    program after the other, in numpy. Set TRITON_INTERPRET yourself (0 or 1) and that choice is kept.
 2. It repairs the interpreter where it is wrong (seen with triton 3.6; tests/course/test_triton.py shows each case):
-   - bf16 values are held as raw 16-bit integers, and dot products and elementwise operations were done on those integers;
+   - bf16 values are held as raw 16-bit integers, and dot products and elementwise operations worked on those integers;
    - the conversion from fp32 to bf16 cut the mantissa off, where a GPU rounds to the nearest value (ties to even);
    - numpy >= 2.4 refuses int(array of shape (1,)), which is how the interpreter reads the bounds of a loop;
    - `@triton.autotune` looked for a GPU to time its configurations on: here the first one is taken.
@@ -56,7 +56,7 @@ TARGETS = {"sm_80": ("cuda", 80, 32), "sm_90": ("cuda", 90, 32), "gfx942": ("hip
 
 
 def on_device_of(tensor: torch.Tensor) -> contextlib.AbstractContextManager[Any]:
-    """Context in which Triton launches on the tensor's own GPU (it uses the current one otherwise); no effect on the CPU."""
+    """Context in which Triton launches on the tensor's GPU (it uses the current one otherwise); nothing on the CPU."""
     return torch.cuda.device(tensor.device) if tensor.is_cuda else contextlib.nullcontext()
 
 
@@ -132,16 +132,21 @@ def _repair_interpreter() -> None:
     builder.create_fp_to_fp = convert(builder.create_fp_to_fp)
     builder.get_bf16 = lambda self, value: handle(_fp32_to_bf16(np.array([value], np.float32)), tl.bfloat16)
 
+    def retyped(tensor: Any, data: Any) -> Any:
+        """The tensor with other data of the same shape; its element type is that of the data."""
+        element = data.dtype.scalar
+        kind = tl.block_type(element, tensor.type.shape) if tensor.type.is_block() else element
+        return tl.core.tensor(data, kind)
+
     reduce_or_scan = interpreter.ReduceScanOpInterface.apply
 
     def apply(self: Any, operands: Any) -> Any:
         if not isinstance(operands, tuple) or not any(is_bf16(x.handle) for x in operands):
             return reduce_or_scan(self, operands)
-        wide = tuple(self.to_tensor(widen(x.handle).data, tl.float32) if is_bf16(x.handle) else x for x in operands)
+        wide = tuple(retyped(x, widen(x.handle)) for x in operands)
         results = reduce_or_scan(self, wide)
         return tuple(
-            self.to_tensor(narrow(r.handle).data, tl.bfloat16) if is_bf16(x.handle) else r
-            for x, r in zip(operands, results, strict=True)
+            retyped(r, narrow(r.handle)) if is_bf16(x.handle) else r for x, r in zip(operands, results, strict=True)
         )
 
     interpreter.ReduceScanOpInterface.apply = apply
@@ -192,11 +197,11 @@ def compile_forward(
     length: int = 1024,
     timeout_s: float = 120.0,
 ) -> list[CompiledKernel]:
-    """Compile every Triton kernel that `forward` of `file` launches, for `target` ("sm_80", "sm_90" or "gfx942"), with no GPU.
+    """Compile every Triton kernel that `forward` of `file` launches for `target`, a name in TARGETS; no GPU is needed.
 
-    `forward` is called in a process of its own on small CPU tensors (batch 1, 2 query heads, 1 key head, `length` tokens),
-    once per head_dim and causal setting; each kernel launch is compiled instead of run. Raises RuntimeError with the
-    end of the process's output if that fails, TimeoutError after `timeout_s` seconds.
+    `forward` is called in a process of its own on small CPU tensors (batch 1, 2 query heads, 1 key head, `length`
+    tokens), once per head_dim and causal setting; each kernel launch is compiled instead of run. Raises RuntimeError
+    with the end of the process's output if that fails, TimeoutError after `timeout_s` seconds.
     """
     if target not in TARGETS:
         raise ValueError(f"target is {target!r}; allowed: {', '.join(TARGETS)}")
@@ -231,7 +236,7 @@ def _resources(kernel: Any) -> tuple[int | None, int | None]:
 
 
 def _compile_in_this_process(request: dict[str, Any]) -> list[dict[str, Any]]:
-    """The child's side of `compile_forward`: a stand-in driver answers for the missing GPU, and launches only compile."""
+    """The child's side of `compile_forward`: a stand-in driver answers for the GPU, and launches only compile."""
     import importlib.util
 
     from triton.backends.compiler import GPUTarget

@@ -37,7 +37,8 @@ def provenance(command: list[str]) -> dict:
         "torch": torch.__version__,
         "triton": _version_of("triton"),
         "cuda": torch.version.cuda,
-        "commit": _git("rev-parse", "HEAD"),
+        # A copy of the tree without git's folder can be told its commit.
+        "commit": _git("rev-parse", "HEAD") or os.environ.get("GIT_COMMIT"),
         "dirty": None if (status := _git("status", "--porcelain")) is None else bool(status),
     }
     if torch.cuda.is_available():

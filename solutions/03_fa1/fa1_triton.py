@@ -129,10 +129,10 @@ def fa1_kernel(
 def forward(
     q: Tensor, k: Tensor, v: Tensor, *, causal: bool = False, scale: float | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Attention (o, lse) by `fa1_kernel`. q (B, H_q, N_q, d), k and v (B, H_kv, N_k, d): float16 or bfloat16, d 64 or 128.
+    """Attention (o, lse) by `fa1_kernel`. q (B, H_q, N_q, d), k and v (B, H_kv, N_k, d).
 
-    o has q's shape and dtype, lse (B, H_q, N_q) is float32. On a GPU, or on the CPU in Triton's interpreter. Raises
-    ValueError for anything else.
+    float16 or bfloat16, d in HEAD_DIMS; on a GPU, or on the CPU in Triton's interpreter. o has q's shape and dtype,
+    lse (B, H_q, N_q) is float32. Raises ValueError for anything else.
     """
     dtypes = (torch.float16, torch.bfloat16)
     scale = check_attention_inputs(

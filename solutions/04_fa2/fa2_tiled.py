@@ -14,19 +14,20 @@ from fa_reference.memory import HbmTensor, Memory, sram_budget
 from fa_reference.validation import check_attention_inputs
 
 
-def key_blocks(rows: slice, len_q: int, len_k: int, block_k: int, causal: bool) -> tuple[int, int]:
-    """Which blocks of keys the queries rows.start..rows.stop must visit: (unmasked, visited) with unmasked <= visited.
+def key_blocks(start: int, stop: int, len_q: int, len_k: int, block_k: int, causal: bool) -> tuple[int, int]:
+    """Which blocks of keys the queries start, ..., stop - 1 must visit: (unmasked, visited) with unmasked <= visited.
 
-    Blocks 0..unmasked are seen in full by every one of these queries; blocks unmasked..visited by some query in part,
-    so their scores need a mask; the blocks from `visited` on are seen by none of them and are skipped. Causal: query i
-    sees key j if j <= i + len_k - len_q. Block b holds the keys b * block_k up to (b + 1) * block_k or len_k.
+    Of the blocks 0, 1, 2, ... of keys, the first `unmasked` are seen in full by every one of these queries; the others
+    of the first `visited` only in part, so their scores need a mask; the blocks after that are seen by none of them and
+    are skipped. Causal: query i sees key j if j <= i + len_k - len_q. Block b holds the keys from b * block_k up to,
+    not including, (b + 1) * block_k or len_k.
     """
     # BEGIN SOLUTION: find how many keys the first query of the block sees, and how many the last one does (between 0
     #: and len_k); turn the first number into complete blocks and the second into blocks that are touched
     if not causal:
         return ceil(len_k / block_k), ceil(len_k / block_k)
-    seen_by_first = min(max(rows.start + 1 + len_k - len_q, 0), len_k)
-    seen_by_last = min(max(rows.stop + len_k - len_q, 0), len_k)
+    seen_by_first = min(max(start + 1 + len_k - len_q, 0), len_k)
+    seen_by_last = min(max(stop + len_k - len_q, 0), len_k)
     visited = ceil(seen_by_last / block_k)
     unmasked = visited if seen_by_first == len_k else seen_by_first // block_k
     return unmasked, visited
@@ -37,7 +38,7 @@ def visited_blocks(len_q: int, len_k: int, block_q: int, block_k: int, causal: b
     """How many (query block, key block) pairs one head computes; without skipping it would be T_r * T_c."""
     # BEGIN SOLUTION: add up what key_blocks says for every block of queries; the last one may be shorter
     starts = range(0, len_q, block_q)
-    return sum(key_blocks(slice(s, min(s + block_q, len_q)), len_q, len_k, block_k, causal)[1] for s in starts)
+    return sum(key_blocks(s, min(s + block_q, len_q), len_q, len_k, block_k, causal)[1] for s in starts)
     # END SOLUTION
 
 
@@ -46,8 +47,8 @@ def fa2_hbm_elements(len_q: int, len_k: int, head_dim: int, block_q: int, block_
     # BEGIN SOLUTION: Q and O move once, L once; K and V move once for every block of queries, as far as it visits them
     elements = 2 * len_q * head_dim + len_q
     for start in range(0, len_q, block_q):
-        rows = slice(start, min(start + block_q, len_q))
-        keys = min(key_blocks(rows, len_q, len_k, block_k, causal)[1] * block_k, len_k)
+        stop = min(start + block_q, len_q)
+        keys = min(key_blocks(start, stop, len_q, len_k, block_k, causal)[1] * block_k, len_k)
         elements += 2 * keys * head_dim
     return elements
     # END SOLUTION
@@ -92,7 +93,7 @@ def fa2_head(
         O_i = memory.zeros((block_rows, head_dim))
         l_i = memory.zeros((block_rows,))
         m_i = memory.full((block_rows,), -torch.inf)
-        unmasked, visited = key_blocks(rows, len_q, len_k, block_k, causal)
+        unmasked, visited = key_blocks(rows.start, rows.stop, len_q, len_k, block_k, causal)
         for b in range(visited):
             keys = slice(b * block_k, min((b + 1) * block_k, len_k))
             K_j, V_j = memory.load(K, keys), memory.load(V, keys)

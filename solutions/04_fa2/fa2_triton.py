@@ -95,8 +95,8 @@ def fa2_kernel(
     HEAD_DIM: tl.constexpr,
 ):
     # BEGIN SOLUTION(triton): find this program's block of queries and head from tl.program_id; load Q_i once; visit
-    #: the blocks of keys that every row sees without a mask, then those that only some rows see in full with one; divide
-    #: O_i, and store o and lse for the rows that exist
+    #: the blocks of keys that every row sees in full without a mask, then the others that some row sees with one;
+    #: divide O_i, and store o and lse for the rows that exist
     # Programs start in the order of their ids, axis 0 fastest. Without a mask, neighbours share a head, so its K and V
     # stay in the L2 cache. With one, the last queries see the most keys: the longest programs of all heads start first.
     batch = tl.program_id(2)
@@ -161,7 +161,7 @@ def descriptor(x: Tensor, block: int) -> TensorDescriptor:
 
 
 def config_for(head_dim: int, device: torch.device) -> Config:
-    """Block sizes and warps: the best that were measured on Hopper, or small ones that fit other GPUs' shared memory."""
+    """Block sizes and warps: the best that were measured on an H200, or small ones that fit any GPU."""
     if device.type == "cuda" and torch.cuda.get_device_capability(device) != (9, 0):
         return OTHER_GPUS[head_dim]
     return HOPPER[head_dim]
@@ -170,10 +170,10 @@ def config_for(head_dim: int, device: torch.device) -> Config:
 def forward(
     q: Tensor, k: Tensor, v: Tensor, *, causal: bool = False, scale: float | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Attention (o, lse) by `fa2_kernel`. q (B, H_q, N_q, d), k and v (B, H_kv, N_k, d): float16 or bfloat16, d 64, 128, 256.
+    """Attention (o, lse) by `fa2_kernel`. q (B, H_q, N_q, d), k and v (B, H_kv, N_k, d).
 
-    o has q's shape and dtype, lse (B, H_q, N_q) is float32. On a GPU, or on the CPU in Triton's interpreter. Raises
-    ValueError for anything else.
+    float16 or bfloat16, d in HEAD_DIMS; on a GPU, or on the CPU in Triton's interpreter. o has q's shape and dtype,
+    lse (B, H_q, N_q) is float32. Raises ValueError for anything else.
     """
     dtypes = (torch.float16, torch.bfloat16)
     scale = check_attention_inputs(
