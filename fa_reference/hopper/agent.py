@@ -19,6 +19,7 @@ from fa_reference.hopper.rules import (
     ReadTooEarly,
     RegistersInFlight,
     RegistersOverBudget,
+    RuleBroken,
     WrongParity,
 )
 from fa_reference.hopper.trace import Span
@@ -42,7 +43,6 @@ class Instruction:
 
     def __init__(self, wg: "Agent", name: str, body: Coroutine) -> None:
         self.wg, self.name, self.body = wg, name, body
-        wg.check_awaited()
         wg.unawaited = self
 
     def __await__(self) -> Generator:
@@ -55,6 +55,7 @@ def instruction(method: Callable[..., Coroutine]) -> Callable[..., Instruction]:
 
     @functools.wraps(method)
     def issue(wg: "Agent", *args: Any, **kwargs: Any) -> Instruction:
+        wg.check_awaited()
         return Instruction(wg, method.__name__, method(wg, *args, **kwargs))
 
     return issue
@@ -96,7 +97,6 @@ class Agent:
         self.peak_registers = 0
         self.fences = 0  # wgmma.fence executed so far
         self.unawaited: Instruction | None = None
-        self.coroutine: Coroutine | None = None
         self.done = False
         self.waiting: tuple[str, Callable[[], str], float] | None = None  # for what, what it lacks, since when
         self.seen: dict[Mbarrier, int] = {}  # the last phase seen complete; -1 is a fresh barrier
@@ -116,6 +116,10 @@ class Agent:
         return {"warpgroup": self.name, "place": place, "iteration": self.iteration, "buffer": buffer}
 
     # --- time
+
+    def start(self, role: Coroutine) -> None:
+        """Take on a role. `steps` goes through it, stopping where the warpgroup has to wait."""
+        self.steps, self.close = role.__await__(), role.close
 
     async def sleep_until(self, time: float) -> None:
         """Do nothing until then."""
@@ -185,40 +189,42 @@ class Agent:
         self, buffer: Buffer, what: str, *, writes: bool, generic: bool, mbarrier: "Mbarrier | None" = None
     ) -> Access:
         """Check and note a read or write of shared memory that starts now."""
+        last = buffer.last_write
+        old_news = self.old_news(None if writes or last is None else last.mbarrier, reads=not writes)
         unordered = buffer.conflicts(writes, self.known)
         if unordered:
-            self.sm.broken(self._race(buffer, what, writes, unordered[-1]))
-        elif not writes and buffer.last_write is None:
-            self.sm.broken(ReadTooEarly(f"{what} reads {buffer.name}: nothing was ever written to it", **self.where()))
+            self.sm.broken(self._race(buffer, what, writes, unordered[-1], old_news))
+        elif not writes and last is None:
+            rule, message = WrongParity if old_news else ReadTooEarly, f"{what} reads {buffer.name}, never written to"
+            self.sm.broken(rule(f"{message}. {old_news}".rstrip(". "), **self.where(buffer.name)))
         elif not writes and not generic and buffer.unfenced(self.known):
-            message = f"{what} reads {buffer.name}, written by {buffer.last_write}, with no proxy fence in between"
+            message = f"{what} reads {buffer.name}, written by {last}, with no proxy fence in between"
             self.sm.broken(MissingProxyFence(message, **self.where(buffer.name)))
-        access = Access(what, self.name, self.iteration, writes, generic, mbarrier)
+        access = Access(what, self.where(buffer.name), writes, generic, mbarrier, old_news)
         buffer.add(access)
         return access
 
-    def _race(self, buffer: Buffer, what: str, writes: bool, other: Access) -> Exception:
-        """The exception for an access that conflicts with `other`."""
-        parity = self._parity_mistake(other)
+    def _race(self, buffer: Buffer, what: str, writes: bool, other: Access, old_news: str) -> RuleBroken:
+        """The exception for an access that conflicts with `other`; a wait with the wrong parity may be why."""
         verb = "overwrites" if writes else "reads"
         message = f"{what} {verb} {buffer.name} while nothing says that this is over: {other}"
-        if parity:
-            return WrongParity(f"{message}. {parity}", **self.where(buffer.name))
+        if old_news:
+            return WrongParity(f"{message}. {old_news}", **self.where(buffer.name))
+        if other.old_news:  # the other one came too early
+            return WrongParity(f"{other.what} of {buffer.name} out of turn. {other.old_news}", **other.where)
         return (OverwriteInUse if writes else ReadTooEarly)(message, **self.where(buffer.name))
 
-    def _parity_mistake(self, other: Access) -> str:
-        """Says so if the wait that should have ordered this access returned at once for an old phase."""
-        if other.mbarrier:  # a load: the barrier on which it completes
-            mbarrier = next((m for m in self.seen if m is other.mbarrier), None)
-        else:  # a read: presumably the barrier for which this warpgroup waited last
-            mbarrier = next(reversed(self.told_nothing), None)
-        if mbarrier is None:
+    def old_news(self, mbarrier: "Mbarrier | None" = None, *, reads: bool = False) -> str:
+        """Says so if the last wait, on `mbarrier` or on any, returned at once for a phase that was seen before.
+
+        For a reader a fresh barrier is no news either: nothing can have been loaded yet.
+        """
+        mbarrier = mbarrier or next(reversed(self.told_nothing), None)
+        if mbarrier not in self.seen or not (self.told_nothing[mbarrier] or (reads and self.seen[mbarrier] < 0)):
             return ""
         phase = self.seen[mbarrier]
-        if not self.told_nothing[mbarrier] and not (phase < 0 and other.mbarrier):
-            return ""
-        old = f"phase {phase}, which it had seen before" if phase >= 0 else "a fresh barrier"
-        return f"Its last wait on {mbarrier.name} asked for parity {phase % 2} and returned at once for {old}"
+        news = f"phase {phase}, which it had seen before" if phase >= 0 else "a fresh barrier"
+        return f"Its last wait on {mbarrier.name} asked for parity {phase % 2} and returned at once for {news}"
 
     def check_registers_free(self, fragment: Fragment) -> None:
         """RegistersInFlight if a wgmma may still use this tile."""

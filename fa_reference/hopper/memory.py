@@ -57,16 +57,15 @@ class Access:
     """One read or write of a shared-memory buffer by an instruction."""
 
     what: str  # "TMA load", "wgmma", "st.shared", ...
-    by: str  # the warpgroup that issued it
-    iteration: int | None
+    where: dict  # warpgroup, iteration and buffer, as exceptions name them
     writes: bool
     generic: bool  # an ordinary load or store; the others go through the async proxy
     mbarrier: object = None  # on which its completion is signalled, if it is a TMA load
+    old_news: str = ""  # a reason to think that it came too early
     current: bool = True  # False once the buffer was safely overwritten: then nobody needs to know about it any more
 
     def __str__(self) -> str:
-        when = "" if self.iteration is None else f" in iteration {self.iteration}"
-        return f"{self.what} issued by {self.by}{when}"
+        return f"{self.what} by {self.where['warpgroup']}, {self.where['place']}"
 
 
 # (access, "over") or, for an ordinary store, (access, "fenced"): made visible to the async proxy.

@@ -163,7 +163,7 @@ class SM:
             raise RegistersOverBudget(f"{registers} registers at launch for {threads} threads; allowed: up to {most}")
         self._warpgroups = [Warpgroup(self, name, registers) for name in roles]
         for wg in self._warpgroups:
-            wg.coroutine = roles[wg.name](wg)
+            wg.start(roles[wg.name](wg))
             self.at(self.luck.delay(), lambda wg=wg: self._step(wg))
         try:
             while self._events:
@@ -173,7 +173,7 @@ class SM:
                 self._explain_deadlock()
         finally:
             for wg in self._warpgroups:
-                wg.coroutine.close()
+                wg.close()
         self._check_barriers_empty()
         return Report(
             cycles=self.now,
@@ -187,12 +187,11 @@ class SM:
 
     def _step(self, wg: Warpgroup) -> None:
         """Let a warpgroup go on until it next has to wait for something."""
-        try:
-            arrange = wg.coroutine.send(None)
-        except StopIteration:
-            self._finish(wg)
-        else:
+        arrange = next(wg.steps, None)
+        if arrange:
             arrange(lambda: self._step(wg))
+        else:
+            self._finish(wg)
 
     def _finish(self, wg: Warpgroup) -> None:
         wg.check_awaited()
@@ -246,14 +245,20 @@ class SM:
                     what = f"asks mbarrier {mbarrier.name} for parity {phase % 2}, which is that of phase {phase}, and "
                     what += f"has not seen phase {phase - 1} (parity {(phase - 1) % 2}), which is complete"
                     raise WrongParity("\n  ".join([what, *waits]), **wg.where(mbarrier.name))
-                if waits_here and mbarrier not in wg.seen and not mbarrier.ever_arrived:
-                    waits.append(
-                        f"(the first wait of {wg.name} on {mbarrier.name}: if it is for a free buffer, all buffers are "
-                        "free at the start, so it must pass at once: parity 1)"
-                    )
+        if not any(mbarrier.ever_arrived for mbarrier in self.mbarriers):
+            waits.append(
+                "Nobody ever arrived anywhere. (All buffers are free at the start: a wait for that has parity 1)"
+            )
         raise Deadlock("deadlock: nobody can go on", waits, **where)
 
     def _check_barriers_empty(self) -> None:
+        for mbarrier in self.mbarriers:
+            if mbarrier.tx:
+                raise WrongTxBytes(
+                    f"at the end mbarrier {mbarrier.name} is in phase {mbarrier.phase} with a tx-count of {mbarrier.tx}: "
+                    "bytes that were expected never came, or came unexpected",
+                    buffer=mbarrier.name,
+                )
         for barrier in self.named_barriers.values():
             if barrier.users:
                 raise BarrierCount(

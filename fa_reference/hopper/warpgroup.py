@@ -14,7 +14,14 @@ from fa_reference.hopper.barriers import Mbarrier
 from fa_reference.hopper.copies import Copies
 from fa_reference.hopper.memory import DTYPE_BYTES, Buffer
 from fa_reference.hopper.registers import ROWS, Fragment
-from fa_reference.hopper.rules import IllegalOperand, MissedPhase, MissingWgmmaFence, RegistersOverBudget
+from fa_reference.hopper.rules import (
+    DoubleArrive,
+    IllegalOperand,
+    MissedPhase,
+    MissingWgmmaFence,
+    RegistersOverBudget,
+    WrongParity,
+)
 
 if TYPE_CHECKING:
     from fa_reference.hopper.sm import SM
@@ -77,13 +84,21 @@ class Warpgroup(Copies):
     async def mbarrier_arrive(self, mbarrier: Mbarrier) -> None:
         """mbarrier.arrive (by one elected thread): tell the waiters all that this warpgroup knows to be over."""
         await self.issue("mbarrier.arrive", mbarrier.name)
-        mbarrier.arrive(self.name, self.known, **self.where(mbarrier.name))
+        self._arrive(mbarrier, 0)
 
     @instruction
     async def mbarrier_arrive_expect_tx(self, mbarrier: Mbarrier, size: int) -> None:
         """mbarrier.arrive.expect_tx: arrive, and let this phase also wait for `size` bytes of TMA loads."""
         await self.issue("mbarrier.arrive.expect_tx", mbarrier.name)
-        mbarrier.arrive(self.name, self.known, tx=size, **self.where(mbarrier.name))
+        self._arrive(mbarrier, size)
+
+    def _arrive(self, mbarrier: Mbarrier, size: int) -> None:
+        where = self.where(mbarrier.name)
+        try:
+            mbarrier.arrive(self.name, self.known, tx=size, **where)
+        except DoubleArrive as error:
+            old_news = self.old_news()
+            raise (WrongParity(f"{error.what}. {old_news}", **where) if old_news else error) from None
 
     @instruction
     async def mbarrier_wait(self, mbarrier: Mbarrier, parity: int) -> None:

@@ -18,8 +18,9 @@ def kernel(sm: SM, block: AttentionBlock, stages: int = 2, pingpong: bool = True
         if pingpong:
             await wg.bar_sync(1 + w, 256)
 
-    async def your_turn(wg, w):
-        if pingpong:
+    async def your_turn(wg, w, j):
+        after_all_turns = w == block.consumers - 1 and j == block.key_blocks - 1
+        if pingpong and not after_all_turns:
             await wg.bar_arrive(1 + (w + 1) % block.consumers, 256)
 
     async def issue_scores(wg, w, j):
@@ -44,9 +45,9 @@ def kernel(sm: SM, block: AttentionBlock, stages: int = 2, pingpong: bool = True
         await wg.mbarrier_wait(tiles.Q_full, 0)
         if last >= 0:
             if w == block.consumers - 1:
-                await your_turn(wg, w)  # consumer 0 begins
+                await your_turn(wg, w, -1)  # consumer 0 begins
             S = await issue_scores(wg, w, 0)
-            await your_turn(wg, w)
+            await your_turn(wg, w, 0)
             await wg.wgmma_wait_group(0)
             await tiles.K.release(wg, 0)
             P, rescale = softmax.step(block.mask(S, w, 0))
@@ -54,8 +55,7 @@ def kernel(sm: SM, block: AttentionBlock, stages: int = 2, pingpong: bool = True
             for j in wg.loop(range(1, block.key_blocks)):
                 S = await issue_scores(wg, w, j)
                 await issue_output(wg, O, P, j - 1)
-                if not (j == last and w == block.consumers - 1):
-                    await your_turn(wg, w)  # after the last consumer's last turn nobody waits for one
+                await your_turn(wg, w, j)
                 await wg.wgmma_wait_group(1)  # S is there, O still in flight
                 await tiles.K.release(wg, j)
                 P_next, rescale = softmax.step(block.mask(S, w, j))
@@ -66,7 +66,6 @@ def kernel(sm: SM, block: AttentionBlock, stages: int = 2, pingpong: bool = True
                 O *= rescale
             await issue_output(wg, O, P, last)
             await wg.wgmma_wait_group(0)
-            await tiles.V.release(wg, last)
         await epilogue(wg, w, block, tiles.Q[w], O, softmax)
 
     roles = {f"consumer {w}": partial(consumer, w=w) for w in range(block.consumers)}

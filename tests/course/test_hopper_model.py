@@ -1,0 +1,935 @@
+"""The Hopper model: every rule catches its violation and spares the legal neighbour; numbers equal gold attention."""
+
+import inspect
+import json
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from itertools import product
+from types import ModuleType
+
+import numpy as np
+import pytest
+import torch
+
+from fa_reference.error_rule import judge
+from fa_reference.hopper import SM, Timing, covered, exp2, overlap, read_trace, run_attention
+from fa_reference.hopper.barriers import Mbarrier
+from fa_reference.hopper.rules import (
+    BarrierCount,
+    Deadlock,
+    DoubleArrive,
+    ExitInFlight,
+    IllegalOperand,
+    MissedPhase,
+    MissingAwait,
+    MissingProxyFence,
+    MissingWgmmaFence,
+    OverwriteInUse,
+    ReadTooEarly,
+    RegistersInFlight,
+    RegistersOverBudget,
+    RuleBroken,
+    SharedMemoryOverBudget,
+    WrongParity,
+    WrongTxBytes,
+)
+from fa_reference.hopper.schedules import SCHEDULES, pingpong, ring, serial, two_stage, warp_specialised
+from fa_reference.inputs import Case
+
+SEEDS = [None, *range(8)]
+
+# --- rules: a minimal kernel for each, wrong or right
+
+RULES: list[tuple[type[RuleBroken], str, Callable]] = []
+
+
+def breaks(rule: type[RuleBroken], buffer: str = ""):
+    """Register kernel(sm, wrong) -> roles; the wrong one breaks `rule`, on `buffer`."""
+
+    def register(kernel: Callable) -> Callable:
+        RULES.append((rule, buffer, kernel))
+        return kernel
+
+    return register
+
+
+def matrix(sm: SM, rows: int = 256, columns: int = 64, dtype: str = "float16"):
+    """A matrix in global memory whose row r holds r / 256."""
+    return sm.gmem("X", np.repeat(np.arange(rows, dtype=np.float32)[:, None] / 256, columns, axis=1), dtype)
+
+
+async def fill(wg, tile, X, row, full):
+    """Load a tile, by TMA on `full`."""
+    await wg.mbarrier_arrive_expect_tx(full, tile.bytes)
+    await wg.tma_load(tile, X, row, full)
+
+
+async def square(wg, tile, D=None):
+    """Issue and commit D = tile tile^T."""
+    D = wg.accumulator(tile.shape[0]) if D is None else D
+    await wg.wgmma_fence()
+    await wg.wgmma(D, tile, tile, scale_d=False)
+    await wg.wgmma_commit_group()
+    return D
+
+
+@breaks(ReadTooEarly, "tile")
+def tma_not_waited_for(sm, wrong):
+    X, tile, full = matrix(sm), sm.smem("tile", (64, 64), "float16"), sm.mbarrier("full", 1)
+
+    async def role(wg):
+        await fill(wg, tile, X, 0, full)
+        if not wrong:
+            await wg.mbarrier_wait(full, 0)
+        await wg.load_shared(tile)
+        if wrong:
+            await wg.mbarrier_wait(full, 0)
+
+    return {"reader": role}
+
+
+@breaks(ReadTooEarly)
+def never_loaded(sm, wrong):
+    tile = sm.smem("tile", (64, 64), "float16")
+
+    async def role(wg):
+        if not wrong:
+            await wg.store_shared(tile, wg.full(64, 1.0).to("float16"))
+        await wg.load_shared(tile)
+
+    return {"reader": role}
+
+
+@breaks(ReadTooEarly, "tile")
+def right_only_by_luck(sm, wrong):
+    """The load is long over when the other warpgroup reads, but nothing told it so."""
+    X, tile = matrix(sm), sm.smem("tile", (64, 64), "float16")
+    full, other = sm.mbarrier("full", 1), sm.mbarrier("other", 1)
+
+    async def producer(wg):
+        await fill(wg, tile, X, 0, full)
+        if wrong:
+            await wg.mbarrier_arrive(other)  # knows nothing of the load
+            await wg.mbarrier_wait(full, 0)
+        else:
+            await wg.mbarrier_wait(full, 0)
+            await wg.mbarrier_arrive(other)
+
+    async def reader(wg):
+        await wg.mbarrier_wait(other, 0)
+        await wg.sleep_until(1e6)
+        await wg.load_shared(tile)
+
+    return {"producer": producer, "reader": reader}
+
+
+@breaks(OverwriteInUse, "tile")
+def overwrite_under_own_wgmma(sm, wrong):
+    X, tile, full = matrix(sm), sm.smem("tile", (64, 64), "float16"), sm.mbarrier("full", 1)
+
+    async def role(wg):
+        for j in wg.loop(range(3)):
+            await fill(wg, tile, X, 64 * j, full)
+            await wg.mbarrier_wait(full, j % 2)
+            await square(wg, tile)
+            if not wrong:
+                await wg.wgmma_wait_group(0)
+
+    return {"worker": role}
+
+
+@breaks(OverwriteInUse, "tile")
+def overwrite_while_another_reads(sm, wrong):
+    X, tile = matrix(sm), sm.smem("tile", (64, 64), "float16")
+    full, empty = sm.mbarrier("full", 1), sm.mbarrier("empty", 1)
+
+    async def producer(wg):
+        for j in wg.loop(range(4)):
+            await wg.mbarrier_wait(empty, j % 2 ^ 1)
+            await fill(wg, tile, X, 64 * j, full)
+
+    async def consumer(wg):
+        for j in wg.loop(range(4)):
+            await wg.mbarrier_wait(full, j % 2)
+            await square(wg, tile)
+            if wrong:
+                await wg.mbarrier_arrive(empty)  # the wgmma may still read
+            await wg.wgmma_wait_group(0)
+            if not wrong:
+                await wg.mbarrier_arrive(empty)
+
+    return {"producer": producer, "consumer": consumer}
+
+
+@breaks(OverwriteInUse, "tile")
+def overwrite_under_store(sm, wrong):
+    tile, out = sm.smem("tile", (64, 64), "float16"), matrix(sm)
+
+    async def role(wg):
+        for j in wg.loop(range(2)):
+            await wg.store_shared(tile, wg.full(64, j))
+            await wg.fence_proxy_async()
+            await wg.tma_store(out, 64 * j, tile)
+            await wg.bulk_commit_group()
+            await wg.bulk_wait_group(1 if wrong else 0)
+        await wg.bulk_wait_group(0)
+
+    return {"worker": role}
+
+
+def loaded_tile(sm, body):
+    """One warpgroup that loads a tile and then runs body(wg, tile)."""
+    X, tile, full = matrix(sm), sm.smem("tile", (64, 64), "float16"), sm.mbarrier("full", 1)
+
+    async def role(wg):
+        await fill(wg, tile, X, 0, full)
+        await wg.mbarrier_wait(full, 0)
+        await body(wg, tile)
+
+    return {"worker": role}
+
+
+@breaks(RegistersInFlight, "tile")
+def accumulator_read_in_flight(sm, wrong):
+    async def body(wg, tile):
+        D = await square(wg, tile)
+        await wg.wgmma_wait_group(1 if wrong else 0)
+        D.row_max()
+        await wg.wgmma_wait_group(0)
+
+    return loaded_tile(sm, body)
+
+
+@breaks(RegistersInFlight, "tile")
+def newest_group_in_flight(sm, wrong):
+    """Two stages: wait_group(1) covers the older product only."""
+
+    async def body(wg, tile):
+        older, newer = await square(wg, tile), await square(wg, tile)
+        await wg.wgmma_wait_group(1)
+        (newer if wrong else older).row_max()
+        await wg.wgmma_wait_group(0)
+
+    return loaded_tile(sm, body)
+
+
+@breaks(RegistersInFlight, "tile")
+def group_not_committed(sm, wrong):
+    async def body(wg, tile):
+        D = wg.accumulator(64)
+        await wg.wgmma_fence()
+        await wg.wgmma(D, tile, tile, scale_d=False)
+        if not wrong:
+            await wg.wgmma_commit_group()
+        await wg.wgmma_wait_group(0)
+        D.row_max()
+
+    return loaded_tile(sm, body)
+
+
+@breaks(RegistersInFlight, "tile")
+def a_fragment_overwritten_in_flight(sm, wrong):
+    async def body(wg, tile):
+        D, A = wg.full(64, 0.0), wg.full(64, 1.0).to("float16")
+        await wg.wgmma_fence()
+        await wg.wgmma(D, A, tile, trans_b=True)
+        await wg.wgmma_commit_group()
+        if not wrong:
+            await wg.wgmma_wait_group(0)
+        A *= 2.0
+        await wg.wgmma_wait_group(0)
+
+    return loaded_tile(sm, body)
+
+
+@breaks(MissingWgmmaFence, "tile")
+def accumulator_scaled_without_fence(sm, wrong):
+    async def body(wg, tile):
+        D = await square(wg, tile)
+        await wg.wgmma_wait_group(0)
+        D *= 0.5
+        if not wrong:
+            await wg.wgmma_fence()
+        await wg.wgmma(D, tile, tile)
+        await wg.wgmma(D, tile, tile)  # the same accumulator again: needs no fence
+        await wg.wgmma_commit_group()
+        await wg.wgmma_wait_group(0)
+
+    return loaded_tile(sm, body)
+
+
+@breaks(MissingProxyFence, "tile")
+def generic_write_then_wgmma(sm, wrong):
+    tile = sm.smem("tile", (64, 64), "float16")
+
+    async def role(wg):
+        await wg.store_shared(tile, wg.full(64, 1.0))
+        if not wrong:
+            await wg.fence_proxy_async()
+        await square(wg, tile)
+        await wg.wgmma_wait_group(0)
+
+    return {"worker": role}
+
+
+@breaks(MissingProxyFence, "tile")
+def proxy_fence_after_the_barrier_arrival(sm, wrong):
+    tile = sm.smem("tile", (64, 64), "float16")
+
+    async def writer(wg):
+        await wg.store_shared(tile, wg.full(64, 1.0))
+        if not wrong:
+            await wg.fence_proxy_async()
+        await wg.bar_arrive(1, 256)
+        if wrong:
+            await wg.fence_proxy_async()  # too late: the reader was not told about it
+
+    async def reader(wg):
+        await wg.bar_sync(1, 256)
+        await wg.sleep_until(1e6)
+        await square(wg, tile)
+        await wg.wgmma_wait_group(0)
+
+    return {"writer": writer, "reader": reader}
+
+
+def one_tile_ring(sm, producer_parity, consumer_parity, tiles=4):
+    X, tile = matrix(sm), sm.smem("tile", (64, 64), "float16")
+    full, empty = sm.mbarrier("full", 1), sm.mbarrier("empty", 1)
+
+    async def producer(wg):
+        for j in wg.loop(range(tiles)):
+            await wg.mbarrier_wait(empty, producer_parity(j))
+            await fill(wg, tile, X, 64 * j, full)
+
+    async def consumer(wg):
+        for j in wg.loop(range(tiles)):
+            await wg.mbarrier_wait(full, consumer_parity(j))
+            await wg.load_shared(tile)
+            await wg.mbarrier_arrive(empty)
+
+    return {"producer": producer, "consumer": consumer}
+
+
+@breaks(WrongParity)
+def consumer_starts_with_one(sm, wrong):
+    return one_tile_ring(sm, lambda j: j % 2 ^ 1, lambda j: j % 2 ^ wrong)
+
+
+@breaks(WrongParity)
+def producer_never_flips(sm, wrong):
+    return one_tile_ring(sm, lambda j: 1 if wrong else j % 2 ^ 1, lambda j: j % 2)
+
+
+@breaks(WrongParity)
+def consumer_never_flips(sm, wrong):
+    return one_tile_ring(sm, lambda j: j % 2 ^ 1, lambda j: 0 if wrong else j % 2)
+
+
+@breaks(MissedPhase, "done")
+def waiter_lags_two_phases(sm, wrong):
+    done, seen = sm.mbarrier("done", 1), sm.mbarrier("seen", 1)
+
+    async def first(wg):
+        await wg.mbarrier_arrive(done)
+        if not wrong:
+            await wg.mbarrier_wait(seen, 0)
+
+    async def second(wg):
+        await wg.sleep_until(1e5)
+        await wg.mbarrier_arrive(done)
+
+    async def waiter(wg):
+        if wrong:
+            await wg.sleep_until(1e6)
+        await wg.mbarrier_wait(done, 0)
+        await wg.mbarrier_arrive(seen)
+        await wg.mbarrier_wait(done, 1)
+
+    return {"first": first, "second": second, "waiter": waiter}
+
+
+@breaks(DoubleArrive, "empty")
+def one_consumer_arrives_for_both(sm, wrong):
+    empty = sm.mbarrier("empty", 2)
+
+    async def consumer(wg):
+        await wg.mbarrier_arrive(empty)
+        if wrong and wg.name == "consumer 0":
+            await wg.mbarrier_arrive(empty)
+
+    async def consumer_1(wg):
+        await wg.sleep_until(1e5)
+        await consumer(wg)
+
+    return {"consumer 0": consumer, "consumer 1": consumer_1}
+
+
+@breaks(DoubleArrive, "done")
+def arrives_again_before_anybody_saw(sm, wrong):
+    done, back = sm.mbarrier("done", 1), sm.mbarrier("back", 1)
+
+    async def worker(wg):
+        await wg.mbarrier_arrive(done)
+        if not wrong:
+            await wg.mbarrier_wait(back, 0)
+        await wg.mbarrier_arrive(done)
+
+    async def waiter(wg):
+        await wg.sleep_until(1e5)
+        await wg.mbarrier_wait(done, 0)
+        await wg.mbarrier_arrive(back)
+        await wg.mbarrier_wait(done, 1)
+
+    return {"worker": worker, "waiter": waiter}
+
+
+def expecting(sm, size):
+    X, tile, full = matrix(sm), sm.smem("tile", (64, 64), "float16"), sm.mbarrier("full", 1)
+
+    async def role(wg):
+        await wg.mbarrier_arrive_expect_tx(full, tile.bytes + size)
+        await wg.tma_load(tile, X, 224, full)  # only 32 rows are inside: zeros count too
+        await wg.mbarrier_wait(full, 0)
+        await wg.sleep_until(1e6)
+
+    return {"producer": role}
+
+
+@breaks(WrongTxBytes, "tile")
+def expects_too_few_bytes(sm, wrong):
+    return expecting(sm, -16 if wrong else 0)
+
+
+@breaks(WrongTxBytes, "full")
+def expects_too_many_bytes(sm, wrong):
+    return expecting(sm, 16 if wrong else 0)
+
+
+@breaks(WrongTxBytes, "full")
+def expects_no_bytes(sm, wrong):
+    return expecting(sm, -64 * 64 * 2 if wrong else 0)
+
+
+@breaks(BarrierCount, "named barrier 1")
+def counts_differ(sm, wrong):
+    async def role(wg):
+        await wg.bar_sync(1, 384 if wrong and wg.name == "b" else 256)
+
+    return {"a": role, "b": role}
+
+
+@breaks(BarrierCount, "named barrier 1")
+def left_half_full(sm, wrong):
+    async def role(wg):
+        await wg.bar_arrive(1, 256)
+        await wg.sleep_until(1e5)
+        if wrong and wg.name == "a":
+            await wg.bar_arrive(1, 256)
+
+    return {"a": role, "b": role}
+
+
+@breaks(BarrierCount, "named barrier 2")
+def not_a_multiple_of_32(sm, wrong):
+    async def role(wg):
+        await wg.bar_sync(2, 100 if wrong else 128)
+
+    return {"a": role}
+
+
+@breaks(BarrierCount, "named barrier 1")
+def comes_twice(sm, wrong):
+    async def a(wg):
+        await wg.bar_arrive(1, 256)
+        await wg.bar_arrive(1 if wrong else 2, 256)
+
+    async def b(wg):
+        await wg.sleep_until(1e5)
+        await wg.bar_sync(1, 256)
+        await wg.bar_sync(2, 256)
+
+    return {"a": a, "b": b}
+
+
+@breaks(RegistersOverBudget)
+def too_many_tiles(sm, wrong):
+    async def role(wg):
+        await wg.setmaxnreg_dec(152)  # two tiles of 64 registers, and 24
+        tiles = [wg.full(128, 0.0) for _ in range(3)]
+        if not wrong:
+            del tiles[0]
+        await wg.wgmma_fence()
+
+    return {"worker": role}
+
+
+@breaks(RegistersOverBudget)
+def setmaxnreg_not_a_multiple_of_8(sm, wrong):
+    async def role(wg):
+        await wg.setmaxnreg_dec(100 if wrong else 104)
+
+    return {"worker": role}
+
+
+@breaks(RegistersOverBudget)
+def setmaxnreg_dec_upwards(sm, wrong):
+    async def role(wg):
+        await wg.setmaxnreg_dec(64)
+        await (wg.setmaxnreg_dec(128) if wrong else wg.setmaxnreg_inc(128))
+
+    return {"worker": role}
+
+
+@breaks(Deadlock, "setmaxnreg.inc")
+def nobody_gives_registers_back(sm, wrong):
+    async def worker(wg):
+        await wg.setmaxnreg_inc(240)
+
+    async def producer(wg):
+        if not wrong:
+            await wg.setmaxnreg_dec(24)
+
+    return {"producer": producer, "a": worker, "b": worker}
+
+
+@breaks(Deadlock, "barrier 1")
+def waits_for_each_other(sm, wrong):
+    async def a(wg):
+        for _ in wg.loop(range(2)):
+            await wg.bar_sync(1, 256)
+
+    async def b(wg):
+        for _ in wg.loop(range(1 if wrong else 2)):
+            await wg.bar_sync(1, 256)
+
+    return {"a": a, "b": b}
+
+
+@breaks(ExitInFlight)
+def returns_with_a_wgmma_in_flight(sm, wrong):
+    async def body(wg, tile):
+        await square(wg, tile)
+        if not wrong:
+            await wg.wgmma_wait_group(0)
+
+    return loaded_tile(sm, body)
+
+
+@breaks(ExitInFlight)
+def returns_with_a_load_in_flight(sm, wrong):
+    X, tile, full = matrix(sm), sm.smem("tile", (64, 64), "float16"), sm.mbarrier("full", 1)
+
+    async def role(wg):
+        await fill(wg, tile, X, 0, full)
+        if not wrong:
+            await wg.mbarrier_wait(full, 0)
+
+    return {"worker": role}
+
+
+@breaks(ExitInFlight)
+def returns_with_a_store_in_flight(sm, wrong):
+    async def body(wg, tile):
+        await wg.tma_store(matrix(sm), 0, tile)
+        await wg.bulk_commit_group()
+        await wg.bulk_wait_group(1 if wrong else 0)
+
+    return loaded_tile(sm, body)
+
+
+@breaks(IllegalOperand, "tile")
+def fp8_with_transposed_b(sm, wrong):
+    X = matrix(sm, dtype="float8_e4m3fn")
+    tile, full = sm.smem("tile", (64, 64), "float8_e4m3fn"), sm.mbarrier("full", 1)
+
+    async def role(wg):
+        await fill(wg, tile, X, 0, full)
+        await wg.mbarrier_wait(full, 0)
+        D = wg.accumulator(64)
+        await wg.wgmma_fence()
+        await wg.wgmma(D, tile, tile, scale_d=False, trans_b=wrong)
+        await wg.wgmma_commit_group()
+        await wg.wgmma_wait_group(0)
+
+    return {"worker": role}
+
+
+@breaks(IllegalOperand)
+def box_of_other_width(sm, wrong):
+    X, tile = matrix(sm), sm.smem("tile", (64, 32 if wrong else 64), "float16")
+    full = sm.mbarrier("full", 1)
+
+    async def role(wg):
+        await fill(wg, tile, X, 0, full)
+        await wg.mbarrier_wait(full, 0)
+
+    return {"worker": role}
+
+
+@breaks(MissingAwait)
+def forgotten_await(sm, wrong):
+    async def role(wg):
+        fence = wg.wgmma_fence()
+        if not wrong:
+            await fence
+        await wg.wgmma_fence()
+
+    return {"worker": role}
+
+
+@pytest.mark.parametrize("rule, buffer, kernel", RULES, ids=lambda x: getattr(x, "__name__", ""))
+def test_a_rule_catches_its_violation_and_spares_its_neighbour(rule, buffer, kernel):
+    for seed in SEEDS:
+        sm = SM(seed=seed)
+        sm.run(kernel(sm, False))
+        sm = SM(seed=seed)
+        with pytest.raises(rule) as caught:
+            sm.run(kernel(sm, True))
+        assert caught.type is rule and (not buffer or caught.value.buffer == buffer), (seed, caught.value)
+        assert rule.rule in str(caught.value)
+        assert caught.value.warpgroup or kernel in (left_half_full, expects_no_bytes)  # found when all have returned
+
+
+def test_every_rule_has_a_kernel():
+    tested = {rule for rule, _, _ in RULES} | {SharedMemoryOverBudget}
+    assert tested == set(RuleBroken.__subclasses__())
+
+
+def test_shared_memory_is_227_KiB():
+    sm = SM()
+    tiles = [sm.smem(f"t{i}", (64, 128), "float16") for i in range(14)]
+    with pytest.raises(SharedMemoryOverBudget, match="t14 needs 16384 bytes, which makes 245760"):
+        sm.smem("t14", (64, 128), "float16")
+    assert all(np.isnan(tile.data).all() for tile in tiles), "a buffer not yet loaded holds NaN"
+
+
+def test_a_violation_names_warpgroup_iteration_and_buffer():
+    sm = SM()
+    with pytest.raises(OverwriteInUse) as caught:
+        sm.run(overwrite_under_own_wgmma(sm, True))
+    error = caught.value
+    assert (error.warpgroup, error.iteration, error.buffer) == ("worker", 1, "tile")
+    assert str(error).startswith("worker, iteration 1: TMA load overwrites tile while")
+    assert "wgmma by worker, iteration 0" in str(error)
+
+
+def test_a_deadlock_says_who_waits_for_whom_since_when():
+    sm = SM()
+    with pytest.raises(Deadlock) as caught:
+        sm.run(one_tile_ring(sm, lambda j: j % 2, lambda j: j % 2))
+    producer, consumer, hint = caught.value.waits
+    assert producer.startswith(
+        "producer, iteration 0: waits since cycle 4 for empty phase 0 (parity 0), lacking 1 of 1"
+    )
+    assert consumer.startswith("consumer, iteration 0: waits since cycle 4 for full phase 0") and "parity 1" in hint
+
+
+def test_without_checks_the_model_goes_on_as_hardware_would():
+    def run(check):
+        sm = SM(check=check)
+        X, tile, full = matrix(sm), sm.smem("tile", (64, 64), "float16"), sm.mbarrier("full", 1)
+        got = []
+
+        async def role(wg):
+            await fill(wg, tile, X, 64, full)
+            got.append((await wg.load_shared(tile)).values)
+            await wg.mbarrier_wait(full, 0)
+            got.append((await wg.load_shared(tile)).values)
+
+        return got, sm.run({"worker": role})
+
+    (early, late), report = run(check=False)
+    assert np.isnan(early).all() and np.array_equal(late, np.repeat(np.arange(64, 128)[:, None] / 256, 64, axis=1))
+    assert [type(error) for error in report.broken] == [ReadTooEarly]
+
+
+# --- mbarrier semantics against an exhaustive reference
+
+STAGES, TILES = 2, 5
+
+
+def explore(producer_parity, consumer_parity, visit=lambda *_: None) -> set[str]:
+    """All interleavings of a 2-stage ring, from the PTX text: {"ok", "race", "deadlock"}, whichever can happen.
+
+    A state: producer's and consumer's program counters (3 and 4 steps a tile), phases completed by each full and empty
+    barrier, tile that each stage holds, tile whose load is in flight to it (-1: none). A full barrier completes when
+    its load does (1 arrival, which comes before the load). A wait for parity p passes iff an odd (even) number of
+    phases is complete for p = 0 (1). visit(path, state) sees each state once, with a way there.
+    """
+    start = (0, 0, (0,) * STAGES, (0,) * STAGES, (-1,) * STAGES, (-1,) * STAGES)
+    todo, known, outcomes = [(start, ())], {start}, set()
+
+    def put(values, s, value):
+        return values[:s] + (value,) + values[s + 1 :]
+
+    while todo:
+        state, path = todo.pop()
+        visit(path, state)
+        p, c, full, empty, held, loading = state
+        following = []
+        for s in range(STAGES):
+            if loading[s] >= 0:  # the load completes, and with it the phase
+                new = (p, c, put(full, s, full[s] + 1), empty, put(held, s, loading[s]), put(loading, s, -1))
+                following.append((("tma", s), new))
+        if p < 3 * TILES:
+            j, step = divmod(p, 3)
+            s = j % STAGES
+            being_read = c // 4 % STAGES == s and c % 4 == 2 and c < 4 * TILES
+            if step == 0 and empty[s] % 2 != producer_parity(j):
+                following.append((("wait", s), (p + 1, *state[1:])))
+            elif step == 1:
+                following.append((("expect", s), (p + 1, *state[1:])))
+            elif step == 2:
+                if loading[s] >= 0 or being_read or (j >= STAGES and c < 4 * (j - STAGES) + 3):
+                    outcomes.add("race")  # an older load in flight, or a tile not yet read
+                    continue
+                following.append((("load", s), (p + 1, c, full, empty, held, put(loading, s, j))))
+        if c < 4 * TILES:
+            j, step = divmod(c, 4)
+            s = j % STAGES
+            if step == 0 and full[s] % 2 != consumer_parity(j):
+                following.append((("wait full", s), (p, c + 1, *state[2:])))
+            elif step in (1, 2):  # starts to read, has read
+                if held[s] != j or loading[s] >= 0:
+                    outcomes.add("race")
+                    continue
+                following.append((("read", s), (p, c + 1, *state[2:])))
+            elif step == 3:
+                following.append((("release", s), (p, c + 1, full, put(empty, s, empty[s] + 1), held, loading)))
+        if not following:
+            outcomes.add("ok" if (p, c) == (3 * TILES, 4 * TILES) else "deadlock")
+        for action, new in following:
+            if new not in known:
+                known.add(new)
+                todo.append((new, (*path, action)))
+    return outcomes
+
+
+def right_parity(j):
+    return j // STAGES % 2
+
+
+def test_parity_equals_phase_numbers_in_every_interleaving():
+    """In every reachable state of a right ring, the model's parity test says what unbounded phase numbers say."""
+    compared = 0
+
+    def visit(path, state):
+        nonlocal compared
+        full, empty = ([Mbarrier(f"{name}[{s}]", 1) for s in range(STAGES)] for name in ("full", "empty"))
+        observed = {"wait": empty, "wait full": full}
+        for action, s in path:
+            if action == "expect":
+                full[s].arrive("producer", set(), tx=100)
+            elif action == "tma":
+                full[s].complete_tx(100, set(), full[s].phase)
+            elif action == "release":
+                empty[s].arrive("consumer", set())
+            elif action in observed:
+                observed[action][s].observed = observed[action][s].phase - 1
+        p, c, full_phases, empty_phases, *_ = state
+        assert [m.phase for m in full + empty] == [*full_phases, *empty_phases]
+        for j, barriers, flip, waits in (
+            (p // 3, empty, 1, p % 3 == 0 and p < 3 * TILES),
+            (c // 4, full, 0, c % 4 == 0 and c < 4 * TILES),
+        ):
+            if waits:
+                barrier = barriers[j % STAGES]
+                round_wanted = j // STAGES - flip  # a producer wants the round before to be released
+                assert barrier.test_parity(right_parity(j) ^ flip) == (barrier.phase > round_wanted)
+                compared += 1
+
+    assert explore(lambda j: right_parity(j) ^ 1, right_parity, visit) == {"ok"}
+    assert compared > 100
+
+
+PARITIES = {
+    "right": right_parity,
+    "inverted": lambda j: right_parity(j) ^ 1,
+    "always 0": lambda j: 0,
+    "always 1": lambda j: 1,
+}
+
+
+@pytest.mark.parametrize("producer, consumer", list(product(PARITIES, PARITIES)))
+def test_the_model_refuses_a_ring_exactly_if_some_interleaving_goes_wrong(producer, consumer):
+    outcomes = explore(lambda j: PARITIES[producer](j) ^ 1, PARITIES[consumer])
+    for seed in SEEDS:
+        sm = SM(seed=seed)
+        X = matrix(sm, 64 * TILES)
+        tiles = [sm.smem(f"tile[{s}]", (64, 64), "float16") for s in range(STAGES)]
+        full, empty = ([sm.mbarrier(f"{name}[{s}]", 1) for s in range(STAGES)] for name in ("full", "empty"))
+
+        async def produce(wg, X=X, tiles=tiles, full=full, empty=empty):
+            for j in wg.loop(range(TILES)):
+                s = j % STAGES
+                await wg.mbarrier_wait(empty[s], PARITIES[producer](j) ^ 1)
+                await fill(wg, tiles[s], X, 64 * j, full[s])
+
+        async def consume(wg, tiles=tiles, full=full, empty=empty):
+            for j in wg.loop(range(TILES)):
+                s = j % STAGES
+                await wg.mbarrier_wait(full[s], PARITIES[consumer](j))
+                assert (await wg.load_shared(tiles[s])).values[0, 0] == 64 * j / 256
+                await wg.mbarrier_arrive(empty[s])
+
+        roles = {"producer": produce, "consumer": consume}
+        if outcomes == {"ok"}:
+            sm.run(roles)
+        else:  # in every run, not only in the unlucky ones
+            with pytest.raises((WrongParity, Deadlock, ReadTooEarly, OverwriteInUse, MissedPhase)):
+                sm.run(roles)
+
+
+# --- schedules
+
+WARP_SPECIALISED = [name for name in SCHEDULES if name != "serial"]
+
+
+def check(schedule: ModuleType, case: Case, **options):
+    q, k, v = case.make()
+    run = run_attention(schedule, q, k, v, causal=case.causal, scale=case.scale, **options)
+    error = judge(run.o, run.lse, q, k, v, causal=case.causal, scale=case.scale)
+    assert error.passed, f"{schedule.__name__}, {case}, {options}: {error}"
+    return run
+
+
+@pytest.mark.parametrize("name", SCHEDULES)
+@pytest.mark.parametrize("head_dim, dtype", [(64, "bfloat16"), (128, "float16")])
+def test_numbers_equal_gold(name, head_dim, dtype):
+    base = Case(head_dim=head_dim, dtype=dtype)
+    schedule = SCHEDULES[name]
+    check(schedule, base.but(len_q=128, len_k=512))
+    check(schedule, base.but(len_q=150, len_k=333, kind="rising"))
+    check(schedule, base.but(len_q=40, len_k=7), block_k=64)
+    check(schedule, base.but(len_q=130, len_k=200, causal=True, heads_q=2, kind="large"), block_k=64)
+    check(schedule, base.but(len_q=200, len_k=100, causal=True, layout="padded"), block_k=80)  # rows without keys
+    k = torch.zeros(1, 1, 0, head_dim, dtype=getattr(torch, dtype))
+    run = run_attention(schedule, base.but(len_q=70, dtype=dtype).make()[0], k, k)
+    assert (run.o == 0).all() and (run.lse == -torch.inf).all()
+
+
+@pytest.mark.parametrize("name", WARP_SPECIALISED)
+def test_every_ring_depth_and_length_under_random_latencies(name):
+    seeds = iter(range(1000))
+    for stages, blocks in product((1, 2, 3, 5), (1, 2, 3, 4, 7)):
+        case = Case(len_q=128, len_k=64 * blocks - 5, dtype="bfloat16", seed=blocks)
+        check(SCHEDULES[name], case, block_k=64, stages=stages, seed=next(seeds))
+
+
+def test_latencies_change_cycles_but_not_numbers():
+    case = Case(len_q=128, len_k=300, dtype="bfloat16")
+    runs = [check(two_stage, case, block_k=64, seed=seed) for seed in (None, None, 1, 1, 2, 3)]
+    assert all(torch.equal(run.o, runs[0].o) and torch.equal(run.lse, runs[0].lse) for run in runs)
+    cycles = [run.report.cycles for run in runs]
+    assert cycles[0] == cycles[1] and cycles[2] == cycles[3] and len(set(cycles)) == 4
+
+
+def mutants(module: ModuleType):
+    """The module's source with one awaited instruction after the other left out."""
+    lines = inspect.getsource(module).splitlines()
+    for i, line in enumerate(lines):
+        if line.strip().startswith("await ") and line.endswith(")"):
+            indent = line[: len(line) - len(line.lstrip())]
+            yield f"{i + 1}: {line.strip()}", "\n".join([*lines[:i], indent + "pass", *lines[i + 1 :]])
+
+
+@pytest.mark.parametrize("module", [serial, warp_specialised, pingpong, two_stage, ring])
+def test_every_instruction_of_the_schedules_matters(module):
+    """Leave out any one: a rule is broken or the numbers are wrong. So nothing in them is there for show."""
+    survivors, tried = [], 0
+    case = Case(len_q=64 if module is serial else 128, len_k=500, head_dim=128, dtype="bfloat16")
+    for line, source in mutants(module):
+        tried += 1
+        mutant = ModuleType("mutant")
+        exec(compile(source, module.__file__, "exec"), mutant.__dict__)
+        if module is ring:  # run by a schedule that uses it
+            code = inspect.getsource(two_stage).replace("from fa_reference.hopper.schedules.ring import", "#")
+            user, mutant = mutant, ModuleType("user")
+            mutant.__dict__.update(user.__dict__)
+            exec(compile(code, two_stage.__file__, "exec"), mutant.__dict__)
+        try:
+            check(mutant, case)
+        except (RuleBroken, AssertionError):
+            continue
+        survivors.append(line)
+    assert tried >= 8 and not survivors
+
+
+# --- time
+
+
+def one_product(columns, k, timing=None, dtype="float16"):
+    """Cycles that one 64 x columns x k product keeps the tensor cores busy."""
+    sm = SM(timing)
+    X, tile = matrix(sm, columns, k, dtype), sm.smem("tile", (columns, k), dtype)
+    full = sm.mbarrier("full", 1)
+
+    async def role(wg):
+        await fill(wg, tile, X, 0, full)
+        await wg.mbarrier_wait(full, 0)
+        D, A = wg.accumulator(columns), wg.full(k, 1.0).to(dtype)
+        await wg.wgmma_fence()
+        await wg.wgmma(D, A, tile, scale_d=False)
+        await wg.wgmma_commit_group()
+        await wg.wgmma_wait_group(0)
+        assert np.allclose(D.values[0], k * tile.data[:, 0])
+
+    return sm.run({"worker": role}).busy["wgmma"]
+
+
+def test_units_work_at_their_rates():
+    assert one_product(128, 128) == 2 * 64 * 128 * 128 / 4096
+    assert one_product(128, 128, dtype="float8_e4m3fn") == 64 * 128 * 128 / 4096
+    assert one_product(64, 64, replace(Timing(), smem_bytes_per_clk=16)) == 64 * 64 * 2 / 16, "bound by shared memory"
+    sm = SM()
+
+    async def role(wg):
+        exp2(wg.full(128, 0.0))
+        await wg.wgmma_fence()
+
+    assert sm.run({"worker": role}).busy["exp"] == 64 * 128 / 16
+
+
+def test_an_overlapped_schedule_is_faster_and_the_report_adds_up():
+    case = Case(len_q=128, len_k=2048, head_dim=128, dtype="bfloat16")
+    reports = {name: check(SCHEDULES[name], case).report for name in SCHEDULES}
+    cycles = {name: report.cycles for name, report in reports.items()}
+    assert cycles["serial"] > cycles["warp-specialised"] > cycles["pingpong"] > cycles["two-stage"]
+    for report in reports.values():
+        assert all(0 < report.utilisation(unit) <= 1 for unit in report.busy)
+        for wg in report.registers:
+            spans = report.select(wg)
+            assert all(a.stop <= b.start for a, b in zip(spans, spans[1:])), "a warpgroup does one thing at a time"
+            assert covered(spans) <= report.cycles and max(s.stop for s in spans) <= report.cycles
+    report = reports["pingpong"]
+    softmax = report.select("consumer 0", "softmax")
+    other = report.select("wgmma", owner="consumer 1")
+    assert overlap(softmax, other) > 0.8 * covered(softmax), "pingpong: one's softmax under the other's products"
+    assert {i.warpgroup for i in report.issued if i.instruction == "TMA load"} == {"producer"}
+    assert "exp" in report.table() and "waited for" in report.table()
+
+
+def test_what_if_the_exponential_unit_were_faster():
+    case = Case(len_q=128, len_k=1024, dtype="bfloat16")
+    slow, fast = (check(two_stage, case, timing=Timing(exp_per_clk=rate)).report for rate in (16, 32))
+    assert fast.cycles < slow.cycles and fast.busy["exp"] == slow.busy["exp"] / 2
+    assert all(source for _, source in Timing().sources().values())
+
+
+def test_64_key_blocks_at_d_128_take_less_than_two_seconds():
+    q, k, v = Case(len_q=128, len_k=64 * 128, head_dim=128, dtype="bfloat16").make()
+    start = time.process_time()
+    run_attention(two_stage, q, k, v)
+    assert time.process_time() - start < 2
+
+
+def test_traces_can_be_written_read_and_drawn(tmp_path):
+    report = check(pingpong, Case(len_q=128, len_k=256, dtype="bfloat16"), block_k=64).report
+    path = report.write_trace(tmp_path / "trace.json")
+    assert sorted(read_trace(path)) == sorted(report.spans)
+    document = json.loads(path.read_text())
+    assert document["otherData"]["unit"] == "cycles" and {e["ph"] for e in document["traceEvents"]} == {"X", "M"}
+    for ending in ("svg", "png"):
+        assert report.plot(tmp_path / f"timeline.{ending}", stop=report.cycles / 2).stat().st_size > 1000
