@@ -1,5 +1,7 @@
 """Graded checks of chapter 3, part two: FlashAttention-1 in Triton; in its interpreter where there is no GPU."""
 
+from pathlib import Path
+
 import torch
 
 from fa_reference.grading import CheckFailed, check, properties
@@ -7,6 +9,7 @@ from fa_reference.grading.answer import Answer, attention_result
 from fa_reference.inputs import Case
 
 FILE = "fa1_triton.py"
+TIMING = str(Path(__file__).resolve().parent.parent / "gpu_timing.py")
 
 
 def run(answer: Answer, cases: list[Case], bug: str = "") -> None:
@@ -62,6 +65,16 @@ def test_dtypes(answer: Answer) -> None:
     run(answer, [Case(24, 140, head_dim=d, dtype=t, seed=seed) for t in ("float16", "bfloat16") for d in (64, 128)])
 
 
+@check("sums are kept in float32", points=1)
+def test_accumulation(answer: Answer) -> None:
+    # Many blocks of keys, and outputs near 3: rounding O to 16 bits in every step adds up.
+    case = Case(8, 2048, dtype="float16", seed=properties.fresh_seed())
+    q, k, v = case.make()
+    v = v + 3
+    o, lse = attention_result(answer.call(FILE, "forward", q, k, v, device="cuda" if answer.gpu else "cpu"), q)
+    properties.judged(o, lse, (q, k, v), case, "O, l and m are kept in float32 until the end; only P is rounded")
+
+
 @check("real activations", points=1)
 def test_real(answer: Answer) -> None:
     seed = properties.fresh_seed()
@@ -89,3 +102,15 @@ def test_bad_input(answer: Answer) -> None:
 def test_full_size(answer: Answer) -> None:
     sizes = [Case(1000, 1000, heads_q=2, causal=True), Case(4096, 4096, batch=2, heads_q=8, heads_kv=2)]
     run(answer, [c.but(dtype="bfloat16", head_dim=d, layout="bnhd") for c in sizes for d in (64, 128)])
+
+
+@check("faster than naive on the GPU", points=1, needs="gpu")
+def test_faster_than_naive(answer: Answer) -> None:
+    problem = (16, 16, 2048, 64, False)  # batch, heads, length, d, causal: a program for every SM
+    yours = answer.call(TIMING, "graded_ms", FILE, *problem, device="cuda")
+    naive = answer.call(TIMING, "reference_ms", "naive", *problem, device="cuda")
+    if yours > naive:
+        raise CheckFailed(
+            f"256 heads of 2048 tokens take {yours:.2f} ms, and {naive:.2f} ms with chapter 1's attention: is the "
+            "grid one program per head, and are all loads of K and V outside the inner loop?"
+        )

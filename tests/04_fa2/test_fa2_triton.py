@@ -1,0 +1,120 @@
+"""Graded checks of chapter 4, part two: FlashAttention-2 in Triton; in its interpreter where there is no GPU."""
+
+from pathlib import Path
+
+import torch
+
+from fa_reference.grading import CheckFailed, check, properties
+from fa_reference.grading.answer import Answer, attention_result
+from fa_reference.inputs import Case
+
+FILE = "fa2_triton.py"
+TIMING = str(Path(__file__).resolve().parent.parent / "gpu_timing.py")
+
+
+def run(answer: Answer, cases: list[Case], bug: str = "") -> None:
+    properties.attention(answer, FILE, cases, bug=bug, device="cuda" if answer.gpu else "cpu")
+
+
+@check("one block of 16-bit numbers", points=1)
+def test_one_block(answer: Answer) -> None:
+    run(answer, [Case(16, 16, dtype="float16"), Case(64, 64, dtype="bfloat16", seed=properties.fresh_seed())])
+
+
+@check("ragged tail", points=1)
+def test_ragged(answer: Answer) -> None:
+    seed = properties.fresh_seed()
+    # More than one block of each kind for any block size up to 128; the padding is NaN.
+    cases = [Case(5, 3), Case(3, 70), Case(70, 150), Case(130, 270)]
+    run(answer, [c.but(dtype="float16", layout="padded", seed=seed) for c in cases], "rows and keys beyond the ends")
+
+
+@check("large scores do not overflow", points=1)
+def test_large(answer: Answer) -> None:
+    kinds = ("rising", "large", "shifted")
+    run(answer, [Case(20, 300, dtype="bfloat16", kind=kind, seed=properties.fresh_seed()) for kind in kinds])
+
+
+@check("causal mask ends at the bottom right", points=1)
+def test_causal(answer: Answer) -> None:
+    shapes = ((8, 8), (70, 70), (20, 150), (1, 40), (140, 140))
+    cases = [Case(*shape, dtype="float16", causal=True, seed=properties.fresh_seed()) for shape in shapes]
+    run(answer, cases, "query i sees key j if j <= i + N_k - N_q: also in the blocks that you do not mask")
+
+
+@check("rows without keys", points=1)
+def test_empty_rows(answer: Answer) -> None:
+    run(answer, [Case(3, 0, dtype="float16"), Case(140, 20, dtype="float16", causal=True)])
+
+
+@check("GQA: several query heads share a key head", points=1)
+def test_gqa(answer: Answer) -> None:
+    cases = [Case(16, 16, heads_q=2), Case(20, 20, batch=2, heads_q=4, heads_kv=2)]
+    cases += [c.but(causal=True) for c in cases]
+    run(answer, [c.but(dtype="float16", seed=properties.fresh_seed()) for c in cases], "key head = head // group")
+
+
+@check("any strides", points=1)
+def test_strides(answer: Answer) -> None:
+    cases = [Case(20, 24, heads_q=2, heads_kv=2, layout="bnhd"), Case(20, 24, batch=2, heads_q=2, layout="padded")]
+    run(answer, [c.but(dtype="float16") for c in cases], "an offset is index * stride, of each tensor its own")
+
+
+@check("fp16 and bf16, d 64, 128 and 256", points=1)
+def test_dtypes(answer: Answer) -> None:
+    seed = properties.fresh_seed()
+    dims = (64, 128, 256)
+    run(answer, [Case(24, 140, head_dim=d, dtype=t, seed=seed) for t in ("float16", "bfloat16") for d in dims])
+
+
+@check("sums are kept in float32", points=1)
+def test_accumulation(answer: Answer) -> None:
+    # Many blocks of keys, and outputs near 3: rounding O to 16 bits in every step adds up.
+    case = Case(8, 2048, dtype="float16", seed=properties.fresh_seed())
+    q, k, v = case.make()
+    v = v + 3
+    o, lse = attention_result(answer.call(FILE, "forward", q, k, v, device="cuda" if answer.gpu else "cpu"), q)
+    properties.judged(o, lse, (q, k, v), case, "O, l and m are kept in float32 until the end; only P is rounded")
+
+
+@check("real activations", points=1)
+def test_real(answer: Answer) -> None:
+    seed = properties.fresh_seed()
+    run(answer, [Case(40, 160, heads_q=3, kind="smollm2", dtype="bfloat16", causal=True, seed=seed)])
+
+
+@check("writes every output element", points=1)
+def test_writes_all(answer: Answer) -> None:
+    # Memory from torch.empty is full of NaN in a check.
+    for case in (Case(67, 33, heads_q=2, dtype="float16"), Case(140, 140, dtype="float16", causal=True)):
+        q, k, v = case.make()
+        device = "cuda" if answer.gpu else "cpu"
+        o, lse = attention_result(answer.call(FILE, "forward", q, k, v, causal=case.causal, device=device), q)
+        for name, result in (("o", o), ("lse", lse)):
+            if not result.isfinite().all():
+                where = (~result.isfinite()).nonzero()[0].tolist()
+                raise CheckFailed(f"{name} is not finite, first at {where}: does every block have a program?\n{case}")
+
+
+@check("bad input is refused", points=1)
+def test_bad_input(answer: Answer) -> None:
+    device = "cuda" if answer.gpu else "cpu"
+    properties.refuses_bad_input(answer, FILE, device=device, dtype=torch.float16)
+
+
+@check("right at full size on the GPU", points=1, needs="gpu")
+def test_full_size(answer: Answer) -> None:
+    sizes = [Case(1000, 1000, heads_q=2, causal=True), Case(4096, 4096, batch=2, heads_q=8, heads_kv=2)]
+    run(answer, [c.but(dtype="bfloat16", head_dim=d, layout="bnhd") for c in sizes for d in (64, 128, 256)])
+
+
+@check("one head fills the GPU", points=1, needs="gpu")
+def test_parallel_over_the_sequence(answer: Answer) -> None:
+    problem = (1, 1, 8192, 64, False)  # batch, heads, length, d, causal
+    yours = answer.call(TIMING, "graded_ms", FILE, *problem, device="cuda")
+    fa1 = answer.call(TIMING, "reference_ms", "fa1_triton", *problem, device="cuda")
+    if yours > fa1 / 4:
+        raise CheckFailed(
+            f"one head of 8192 tokens takes {yours:.2f} ms, and {fa1:.2f} ms with chapter 3's kernel, which gives it "
+            "one program. With a program for every block of queries it is several times faster: check the grid"
+        )
