@@ -19,8 +19,9 @@ def stable_softmax(scores: Tensor) -> tuple[Tensor, Tensor]:
     Returns the probabilities (..., n) and lse (...), both float32: lse = log(sum_j exp(scores_j)), natural logarithm.
     A row that is -inf throughout has probabilities 0 and lse -inf.
     """
-    # BEGIN SOLUTION: in float32, subtract each row's maximum m before exp, divide by the row sum l, and return
-    #: (probabilities, m + log(l)). A row of -inf must give 0 and -inf, never NaN: think about (-inf) - (-inf).
+    # BEGIN SOLUTION: stable_softmax: in float32, subtract each row's maximum m before exp, divide by the row sum l,
+    #: and return (probabilities, m + log(l)). A row of -inf must give 0 and -inf, never NaN: think
+    #: about (-inf) - (-inf).
     scores = scores.float()
     m = scores.amax(dim=-1, keepdim=True)
     m = torch.where(m == float("-inf"), 0.0, m)  # any finite number will do: exp(-inf - finite) is 0
@@ -36,7 +37,8 @@ def attention_flops(len_q: int, len_k: int, head_dim: int) -> int:
 
     The softmax, O(N_q N_k), is left out by convention: so do the papers, and so does every TFLOP/s in this course.
     """
-    # BEGIN SOLUTION: count the multiplications and additions of Q K^T and of P V, and return their sum.
+    # BEGIN SOLUTION: attention_flops: count the multiplications and additions of Q K^T and of P V, and return their
+    #: sum.
     return 2 * len_q * len_k * head_dim + 2 * len_q * len_k * head_dim
     # END SOLUTION
 
@@ -47,7 +49,8 @@ def naive_hbm_bytes(len_q: int, len_k: int, head_dim: int, bytes_per_element: in
     Three kernels, each of which reads its inputs once and writes its result once:
     S = Q K^T (reads Q, K; writes S), P = softmax(S) (reads S; writes P), O = P V (reads P, V; writes O).
     """
-    # BEGIN SOLUTION: add up the elements that the three kernels read and write, and multiply by bytes_per_element.
+    # BEGIN SOLUTION: naive_hbm_bytes: add up the elements that the three kernels read and write, and multiply by
+    #: bytes_per_element.
     q = o = len_q * head_dim
     k = v = len_k * head_dim
     s = p = len_q * len_k
@@ -60,7 +63,8 @@ def attainable_tflops(flops_per_byte: float, peak_tflops: float, bandwidth_tb_s:
 
     flops_per_byte: FLOPs done per byte moved; peak_tflops: the chip's peak; bandwidth_tb_s: HBM bandwidth in TB/s.
     """
-    # BEGIN SOLUTION: return the lower of two ceilings: what the arithmetic units can do, what the memory can feed them.
+    # BEGIN SOLUTION: attainable_tflops: return the lower of two ceilings: what the arithmetic units can do, what the
+    #: memory can feed them.
     return min(peak_tflops, flops_per_byte * bandwidth_tb_s)
     # END SOLUTION
 
@@ -81,9 +85,10 @@ def forward(
     if len_k == 0:  # no keys at all: no row to take a maximum of
         return torch.zeros_like(q), torch.full((batch, heads_q, len_q), float("-inf"), device=q.device)
 
-    # BEGIN SOLUTION: (1) repeat every head of k and v heads_q // heads_kv times, so that each query head has its KV
-    #: head; (2) S = scale * Q K^T in float32; (3) if causal, set the scores of invisible keys to -inf;
-    #: (4) stable_softmax; (5) round P to v's dtype, compute O = P V, and return O in q's dtype, and lse.
+    # BEGIN SOLUTION: forward: (1) repeat every head of k and v heads_q // heads_kv times, so that each query head has
+    #: its KV head; (2) S = scale * Q K^T in float32; (3) if causal, set the scores of invisible keys
+    #: to -inf; (4) stable_softmax; (5) round P to v's dtype, compute O = P V, and return O in q's
+    #: dtype, and lse.
     group = heads_q // heads_kv
     k = k.repeat_interleave(group, dim=1)
     v = v.repeat_interleave(group, dim=1)

@@ -32,8 +32,8 @@ def finite(m: Tensor) -> Tensor:
 
 def empty_state(rows: tuple[int, ...], head_dim: int, device: torch.device | str = "cpu") -> State:
     """The state before any key has been seen; merging it with another state changes nothing."""
-    # BEGIN SOLUTION: return the State of no keys, float32, on device: what is the maximum of no numbers, and what is
-    #: their sum?
+    # BEGIN SOLUTION: empty_state: return the State of no keys, float32, on device: what is the maximum of no numbers,
+    #: and what is their sum?
     return State(
         m=torch.full(rows, float("-inf"), device=device),
         l=torch.zeros(rows, device=device),
@@ -48,9 +48,10 @@ def update(state: State, scores_block: Tensor, values_block: Tensor) -> State:
     scores_block: (*rows, n) with n >= 1, already scaled, -inf where a key is not visible.
     values_block: (n, d), or (..., n, d) with the leading dimensions of rows.
     """
-    # BEGIN SOLUTION: m_new = max(m, maximum of the block); multiply l and acc, which are sums relative to the old
-    #: maximum, by exp(m - m_new); add the block's exp(s - m_new) to l, and its product with values_block to acc.
-    #: m_new is -inf in a row that has seen no visible key: use finite(m_new) in the exponents.
+    # BEGIN SOLUTION: update: m_new = max(m, maximum of the block); multiply l and acc, which are sums relative to the
+    #: old maximum, by exp(m - m_new); add the block's exp(s - m_new) to l, and its product with
+    #: values_block to acc. m_new is -inf in a row that has seen no visible key: use finite(m_new) in
+    #: the exponents.
     scores_block = scores_block.float()
     m_new = torch.maximum(state.m, scores_block.amax(dim=-1))
     reference = finite(m_new)
@@ -69,7 +70,7 @@ def merge(a: State, b: State) -> State:
 
     Associative and commutative, and empty_state is its identity: the keys may be split among workers in any way.
     """
-    # BEGIN SOLUTION: m = max(a.m, b.m); bring l and acc of both to this common maximum with exp(a.m - m) and
+    # BEGIN SOLUTION: merge: m = max(a.m, b.m); bring l and acc of both to this common maximum with exp(a.m - m) and
     #: exp(b.m - m), and add. A row may be empty in both: use finite(m) in the exponents.
     m = torch.maximum(a.m, b.m)
     reference = finite(m)
@@ -85,8 +86,8 @@ def merge(a: State, b: State) -> State:
 
 def finalize(state: State) -> tuple[Tensor, Tensor]:
     """Output o (*rows, d) and lse (*rows), natural logarithm, float32; 0 and -inf for a row without visible keys."""
-    # BEGIN SOLUTION: o = acc / l (the only division of the algorithm) and lse = m + log(l). A row with l = 0 must give
-    #: o = 0, not 0 / 0, and lse = -inf.
+    # BEGIN SOLUTION: finalize: o = acc / l (the only division of the algorithm) and lse = m + log(l). A row with l =
+    #: 0 must give o = 0, not 0 / 0, and lse = -inf.
     l = torch.where(state.l == 0, 1.0, state.l)
     return state.acc / l[..., None], state.m + torch.log(l)
     # END SOLUTION
@@ -102,8 +103,8 @@ def softmax_hbm_bytes(rows: int, cols: int, head_dim: int, passes: int, bytes_pe
     """
     if passes not in (1, 2, 3):
         raise ValueError(f"passes is {passes!r}; allowed: 1, 2 or 3")
-    # BEGIN SOLUTION: count how often S is read and P written and read for this number of passes, add V and O, and
-    #: multiply by bytes_per_element.
+    # BEGIN SOLUTION: softmax_hbm_bytes: count how often S is read and P written and read for this number of passes,
+    #: add V and O, and multiply by bytes_per_element.
     p_trips = 0 if passes == 1 else 2  # P is written and read again, or never exists
     return bytes_per_element * ((passes + p_trips) * rows * cols + cols * head_dim + rows * head_dim)
     # END SOLUTION
@@ -127,9 +128,9 @@ def forward(
     # (N_q, 1): number of the last key that each query sees
     last_visible = torch.arange(len_q, device=q.device)[:, None] + (len_k - len_q if causal else len_k)
 
-    # BEGIN SOLUTION: start from empty_state; for each block of at most block_k keys (the last may be shorter) compute
-    #: the scores in float32, put -inf where a key's number exceeds last_visible, and update. Then finalize, and return
-    #: o in q's dtype, and lse.
+    # BEGIN SOLUTION: forward: start from empty_state; for each block of at most block_k keys (the last may be
+    #: shorter) compute the scores in float32, put -inf where a key's number exceeds last_visible, and
+    #: update. Then finalize, and return o in q's dtype, and lse.
     state = empty_state((batch, heads_q, len_q), head_dim, q.device)
     for start in range(0, len_k, block_k):
         stop = min(start + block_k, len_k)

@@ -1,13 +1,13 @@
 """Checks of chapter 2: the state of an online softmax, its update and merge, and attention in one pass."""
 
+import itertools
 import math
+import random
 from collections import namedtuple
-from collections.abc import Callable
+from collections.abc import Iterable
 from typing import Any
 
 import torch
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
 from torch import Tensor
 
 from fa_reference.grading import CheckFailed, check, properties
@@ -237,65 +237,70 @@ def test_large(answer):
     same(merge(answer, exact(s[:, :5], v[:5]), exact(s[:, 5:], v[5:])), exact(s, v), f"the same merged, seed {seed}")
 
 
-# One row's scores and values in [-1, 1]; hypothesis shrinks a failing example to a small one.
-score = st.one_of(st.just(-INF), st.integers(-60, 60).map(lambda n: n / 2))
-keys = st.lists(st.tuples(score, st.integers(-4, 4).map(lambda n: n / 4)), max_size=5)
+Pairs = list[tuple[float, float]]  # (score, value) of the keys that one row has seen
 
 
-def state_of(pairs: list[tuple[float, float]]) -> State:
-    """The state of one row with d = 1 from (score, value) pairs."""
+def state_of(pairs: Pairs) -> State:
+    """The state of one row with d = 1."""
     s = torch.tensor([[score for score, _ in pairs]], dtype=torch.float32).reshape(1, -1)
     v = torch.tensor([[value] for _, value in pairs], dtype=torch.float32).reshape(-1, 1)
     return exact(s, v)
 
 
-def holds(prove: Callable[..., None], sets: int, examples: int = 60) -> None:
-    """Run a property on random sets of keys; the failure shown is of the smallest example found."""
-    options = settings(
-        max_examples=examples,
-        deadline=None,
-        database=None,
-        print_blob=False,
-        suppress_health_check=list(HealthCheck),
-    )
-    # Outside hypothesis first: a stub's words are no property to shrink.
-    prove(*[[(float(n), 1.0)] for n in range(sets)])
-    options(given(*[keys] * sets)(prove))()
+def sets_of_keys(count: int, seed: int) -> list[tuple[Pairs, ...]]:
+    """Tuples of `count` sets of keys, fewest keys first: all of the smallest sets, then 200 random ones."""
+    chance = random.Random(seed)
+    small = [[], *([(score, 1.0)] for score in (0.0, 2.0, -3.0, -INF))]
+    scores = (-INF, *(n / 2 for n in range(-60, 61)), 300.0, -300.0)
+
+    def any_set() -> Pairs:
+        return [(chance.choice(scores), chance.randint(-4, 4) / 4) for _ in range(chance.randint(0, 5))]
+
+    tuples = [*itertools.product(small, repeat=count), *(tuple(any_set() for _ in range(count)) for _ in range(200))]
+    return sorted(tuples, key=lambda sets: sum(map(len, sets)))
+
+
+def stacked(sets: Iterable[Pairs]) -> State:
+    """One row for each set of keys: a property is tried on all of them in one call."""
+    return State(*(torch.cat(tensors) for tensors in zip(*map(state_of, sets))))
+
+
+def same_rows(actual: State, expected: State, what: str, tuples: list[tuple[Pairs, ...]], *wrong: tuple) -> None:
+    """`same`, row by row, so that the first failing example, the one with the fewest keys, is the one shown."""
+    for row, sets in enumerate(tuples):
+        here = [State(*(x[row : row + 1] for x in state)) for state in (actual, expected)]
+        bugs = {words: State(*(x[row : row + 1] for x in state)) for words, state in wrong}
+        names = ", ".join(f"{name} = {pairs}" for name, pairs in zip("abc", sets))
+        same(*here, f"{what}, where the keys' (score, value) pairs are {names}", bugs)
 
 
 @check("merge equals seeing all keys at once", points=1)
 def test_merge(answer):
-    def prove(a, b):
-        m = torch.maximum(state_of(a).m, state_of(b).m)
-        plain = State(m, state_of(a).l + state_of(b).l, state_of(a).acc + state_of(b).acc)
-        bugs = {"l and acc must be brought to the common maximum before adding": plain}
-        same(merge(answer, state_of(a), state_of(b)), state_of(a + b), f"(score, value) pairs {a} and {b}", bugs)
-
-    holds(prove, 2)
+    tuples = sets_of_keys(2, seed=fresh_seed())
+    a, b = (stacked(column) for column in zip(*tuples))
+    plain = State(torch.maximum(a.m, b.m), a.l + b.l, a.acc + b.acc)
+    wrong = ("l and acc must be brought to the common maximum before adding", plain)
+    same_rows(merge(answer, a, b), stacked(x + y for x, y in tuples), "merge(a, b)", tuples, wrong)
 
 
 @check("merge is commutative, and the empty state is its identity", points=1)
 def test_commutative(answer):
-    def prove(a, b):
-        left, right = merge(answer, state_of(a), state_of(b)), merge(answer, state_of(b), state_of(a))
-        same(left, right, f"merge(a, b) and merge(b, a) with (score, value) pairs a = {a}, b = {b}")
-        with_nothing = merge(answer, state_of(a), empty((1,), 1))
-        same(with_nothing, state_of(a), f"merge(a, empty) with (score, value) pairs a = {a}")
-
-    holds(prove, 2, examples=40)
+    tuples = sets_of_keys(2, seed=fresh_seed())
+    a, b = (stacked(column) for column in zip(*tuples))
+    same_rows(merge(answer, a, b), merge(answer, b, a), "merge(a, b) against merge(b, a)", tuples)
+    nothing = empty(tuple(a.m.shape), 1)
+    same_rows(merge(answer, a, nothing), a, "merge(a, empty state) against a", tuples)
+    same_rows(merge(answer, nothing, a), a, "merge(empty state, a) against a", tuples)
 
 
 @check("merge is associative", points=2)
 def test_associative(answer):
-    def prove(a, b, c):
-        x, y, z = state_of(a), state_of(b), state_of(c)
-        left = merge(answer, merge(answer, x, y), z)
-        right = merge(answer, x, merge(answer, y, z))
-        pairs = f"(score, value) pairs a = {a}, b = {b}, c = {c}"
-        same(left, right, f"merge(merge(a, b), c) and merge(a, merge(b, c)) with {pairs}")
-        same(left, state_of(a + b + c), f"merge(merge(a, b), c) with {pairs}")
-
-    holds(prove, 3, examples=40)
+    tuples = sets_of_keys(3, seed=fresh_seed())
+    a, b, c = (stacked(column) for column in zip(*tuples))
+    left = merge(answer, merge(answer, a, b), c)
+    right = merge(answer, a, merge(answer, b, c))
+    same_rows(left, right, "merge(merge(a, b), c) against merge(a, merge(b, c))", tuples)
+    same_rows(left, stacked(x + y + z for x, y, z in tuples), "merge(merge(a, b), c)", tuples)
 
 
 @check("merge works row by row, in any shape", points=1)
