@@ -44,7 +44,7 @@ def tensor_core_matmul(
     """
     rows, depth = a.shape
     columns = b.shape[1]
-    out = torch.zeros(rows, columns) if accumulator is None else accumulator.float().clone()
+    out = a.new_zeros(rows, columns) if accumulator is None else accumulator.float().clone()
     step = max(1, _AT_ONCE // max(1, columns * terms))
     for start in range(0, rows, step):
         chunk = slice(start, start + step)
@@ -71,7 +71,7 @@ def matmul(a: Tensor, b: Tensor, accumulator: Tensor | None, arithmetic: str) ->
         return product if accumulator is None else accumulator + product
     leading = torch.broadcast_shapes(a.shape[:-2], b.shape[:-2])
     a, b = a.expand(*leading, *a.shape[-2:]), b.expand(*leading, *b.shape[-2:])
-    out = torch.empty(*leading, a.shape[-2], b.shape[-1])
+    out = a.new_empty(*leading, a.shape[-2], b.shape[-1])
     flat_a, flat_b = a.reshape(-1, *a.shape[-2:]), b.reshape(-1, *b.shape[-2:])
     flat_out = out.view(-1, *out.shape[-2:])
     flat_acc = None if accumulator is None else accumulator.reshape(flat_out.shape)

@@ -27,16 +27,14 @@ def attention_fp8(
     arithmetic: Arithmetic = KERNEL,
     v_mean: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Attention of quantised tensors: q (B, H_q, N_q, d), k and v (B, H_kv, N_k, d), on the CPU.
+    """Attention of quantised tensors: q (B, H_q, N_q, d), k and v (B, H_kv, N_k, d), on any device (TF32 off).
 
     q and k: tensor, head, block or token scales. v: tensor, head or channel scales go into the output; block and token
     scales change along the keys that P V sums over, and are folded into P before it is rounded.
     v_mean (B, H_kv, d), if V was quantised without its mean over the keys, is added back to the output.
     Returns o bfloat16 (B, H_q, N_q, d) and lse float32 (B, H_q, N_q). ValueError for input the kernel would refuse.
     """
-    scale = check_attention_inputs(
-        q.data, k.data, v.data, causal=causal, scale=scale, dtypes=(torch.float8_e4m3fn,), devices=("cpu",)
-    )
+    scale = check_attention_inputs(q.data, k.data, v.data, causal=causal, scale=scale, dtypes=(torch.float8_e4m3fn,))
     group = q.data.shape[1] // k.data.shape[1]
     v_scale, p_factor = split_v_scale(v)
     o, lse = online_attention(
@@ -89,7 +87,7 @@ def forward_fp8(
     (B, H_kv, ceil(N_k / block_k)); v_scale (B, H_kv) or (B, H_kv, d). Returns as attention_fp8. Raises ValueError for
     tensors that are not quantised, and for scales of a wrong shape or dtype, or not positive and finite.
     """
-    check_attention_inputs(q, k, v, causal=causal, scale=scale, dtypes=(torch.float8_e4m3fn,), devices=("cpu",))
+    check_attention_inputs(q, k, v, causal=causal, scale=scale, dtypes=(torch.float8_e4m3fn,))
     operands = []
     for name, x, x_scale, block in (("q", q, q_scale, block_q), ("k", k, k_scale, block_k)):
         blocks = -(-x.shape[2] // block)

@@ -23,8 +23,8 @@ def error_table(record: dict):
     figure, axes = plt.subplots(figsize=(8, 4.4))
     for i, name in enumerate(names):
         mean, low, high = tables.summary(record, name)
-        axes.barh(i, mean, color="#0072B2", alpha=0.8, label="this course" if i == 0 else None)
-        axes.plot([low, high], [i, i], color="#000000", label="range over seeds" if i == 0 else None)
+        axes.plot([low, high], [i, i], color="#56B4E9", linewidth=6, label="range over seeds" if i == 0 else None)
+        axes.plot(mean, i, "o", color="#0072B2", markersize=9, label="this course" if i == 0 else None)
         if paper := record["paper"][name]:
             axes.plot(paper, i, "D", color="#D55E00", label="paper, table 3" if i == 0 else None)
     axes.set_yticks(range(len(names)), [record["titles"][name] for name in names])
@@ -32,7 +32,7 @@ def error_table(record: dict):
     axes.set_xscale("log")
     shape = record["settings"]["shape"]
     axes.set_xlabel(f"RMSE against float64 (d {shape['head_dim']}, {shape['len_k']} keys)")
-    axes.legend(loc="lower left")
+    axes.legend(loc="upper center")
     return figure
 
 
@@ -41,8 +41,8 @@ def outliers():
     import matplotlib.pyplot as plt
 
     generator = torch.Generator().manual_seed(0)
-    inputs = {f"SmolLM2, layer {n}": load_activations(n).k[0, 0, :256].float() for n in (7, 18, 27)}
-    inputs["paper's distribution"] = KINDS["outliers"]((256, 64), generator)
+    inputs = {f"SmolLM2, layer {n}": load_activations(n).k[0, 0, :128].float() for n in (7, 18, 27)}
+    inputs["paper's distribution"] = KINDS["outliers"]((128, 64), generator)
     figure, grid = plt.subplots(2, len(inputs), figsize=(11, 5.6), sharex=True, sharey=True, layout="constrained")
     for column, (title, x) in enumerate(inputs.items()):
         largest = float(x.abs().max())
@@ -78,7 +78,7 @@ def lengths(record: dict):
                 means.append(math.sqrt(sum(x * x for x in values) / len(values)))
             axes.plot(keys, means, "o-", label=label)
         axes.set(xscale="log", yscale="log", xlabel="keys", ylabel="RMSE", title=f"paper's distribution, d {d}")
-    panels[0].legend(fontsize=8)
+    panels[0].legend(fontsize=8, loc="center right")
     for mean, line in ((0.0, "-"), (1.0, "--")):
         cells = [cell for cell in record["accumulation"] if cell["v_mean"] == mean]
         for color, way in zip(
@@ -86,10 +86,14 @@ def lengths(record: dict):
         ):
             relative = [cell[way] / cell["output"] for cell in cells]
             label = f"{way}, V around {mean:g}"
-            panels[-1].plot([c["len_k"] for c in cells], relative, "o" + line, color=color, label=label)
+            size = 9 if way == "fp32" else 5  # fp32 and two-level nearly coincide
+            panels[-1].plot(
+                [c["len_k"] for c in cells], relative, "o" + line, color=color, label=label, markersize=size
+            )
     panels[-1].set(xscale="log", yscale="log", xlabel="keys", ylabel="RMSE / RMS of the output")
     panels[-1].set_title("accumulation, normal input, d 128")
-    panels[-1].legend(fontsize=8)
+    panels[-1].legend(fontsize=8, loc="upper left")
+    panels[-1].set_ylim(top=2)
     for axes in panels:
         ticks = sorted({round(x) for line in axes.lines for x in line.get_xdata()})
         axes.set_xticks(ticks, [f"{n // 1024}k" if n >= 1024 else str(n) for n in ticks])
@@ -116,8 +120,8 @@ def alternatives(record: dict):
     return figure
 
 
-def save_all(record: dict, folder: Path) -> list[Path]:
-    """Write the four PNG figures beside the JSON; returns their paths."""
+def save_all(record: dict, folder: Path, dpi: int = 120) -> list[Path]:
+    """Write the four PNG figures of a record into a folder; returns their paths."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -129,7 +133,7 @@ def save_all(record: dict, folder: Path) -> list[Path]:
     paths = []
     for name, figure in made.items():
         path = folder / f"fp8_error_{name}.png"
-        figure.savefig(path, dpi=120, metadata={"Software": None})
+        figure.savefig(path, dpi=dpi, metadata={"Software": None})
         plt.close(figure)
         paths.append(path)
     return paths

@@ -2,8 +2,12 @@
 
 With M = D H / sqrt(d), where H is the Hadamard matrix and D a diagonal of random signs, M M^T = 1, so that
 (Q M)(K M)^T = Q K^T.
-An outlier in one channel becomes d values of size |outlier| / sqrt(d), and the largest value of a tensor shrinks, with
-it the scale, and with the scale the rounding error. Source: FlashAttention-3, section 3.3; Chee et al. 2023 (QuIP).
+An outlier in one channel becomes d values of size |outlier| / sqrt(d).
+
+Why does that help e4m3? Not because the scale shrinks: a floating-point format has the same relative error, up to 2^-4,
+at any scale, which is why block scales gain so little. But a score in which an outlier of q meets one of k is one huge
+product, as wrong as its two factors, and softmax picks just such scores. Rotated, it is a sum of d products, whose
+errors average out. Sources: FlashAttention-3, section 3.3; Chee et al. 2023 (QuIP).
 """
 
 import torch

@@ -62,26 +62,29 @@ def online_attention(
     q_scale: Tensor | None = None,
     k_scale: Tensor | None = None,
     p_factor: Tensor | None = None,
+    bias: Tensor | None = None,
+    bias_rows: int = 1,
 ) -> tuple[Tensor, Tensor]:
     """(o, lse) float32 of operands that are already rounded; nothing is rounded here but P, and the sums.
 
     q (B, H_q, N_q, d), k and v (B, H_kv, N_k, d): float32 holding the values of codes. q_scale (B, H_q, N_q, 1) and
     k_scale (B, H_kv, N_k, 1) are folded into the softmax scale; p_factor (B, H_kv, N_k, 1) multiplies P before it is
-    rounded (the place for a V scale that changes along the keys). Returns o (B, H_q, N_q, d) and lse (B, H_q, N_q),
-    natural logarithm; o = 0 and lse = -inf for a row without keys.
+    rounded (the place for a V scale that changes along the keys). bias (B, H_q, ceil(N_q / bias_rows), N_k) is added to
+    the scores before the softmax scale, one row of it for every bias_rows queries.
+    Returns o (B, H_q, N_q, d) and lse (B, H_q, N_q), natural logarithm; o = 0 and lse = -inf for a row without keys.
     """
     batch, heads_q, len_q, head_dim = q.shape
     heads_kv, len_k = k.shape[1:3]
     grouped = (batch, heads_kv, heads_q // heads_kv, len_q)
     q = q.reshape(*grouped, head_dim)
     # The kernel multiplies once by scale log2(e) q_scale k_scale, so that exp becomes exp2 of a fused multiply-add.
-    row_factor = torch.full((1, 1, 1, len_q, 1), scale * LOG2E)
+    row_factor = q.new_full((1, 1, 1, len_q, 1), scale * LOG2E)
     if q_scale is not None:
         row_factor = row_factor * q_scale.reshape(*grouped, 1)
 
-    m = torch.full((*grouped, 1), -torch.inf)
-    l = torch.zeros(*grouped, 1)
-    acc = torch.zeros(*grouped, head_dim)
+    m = q.new_full((*grouped, 1), -torch.inf)
+    l = q.new_zeros(*grouped, 1)
+    acc = q.new_zeros(*grouped, head_dim)
     starts = range(0, len_k, arithmetic.block_k)
     for start in reversed(starts) if arithmetic.descending else starts:
         keys = slice(start, min(start + arithmetic.block_k, len_k))
@@ -94,8 +97,11 @@ def online_attention(
         if k_scale is not None:
             factor = factor * k_scale[:, :, None, keys].mT
         s = s * factor
+        if bias is not None:
+            shared = bias.reshape(*grouped[:3], *bias.shape[2:])[..., keys] * (scale * LOG2E)
+            s = s + shared.repeat_interleave(bias_rows, dim=3)[:, :, :, first:len_q]
         if causal:
-            seen = visible(range(first, len_q), len_q, len_k)[:, keys]
+            seen = visible(range(first, len_q), len_q, len_k, q.device)[:, keys]
             s = s.masked_fill(~seen, -torch.inf)
 
         m_new = torch.maximum(m[rows], s.amax(-1, keepdim=True))

@@ -32,8 +32,11 @@ class Scheme:
     """How a scale is chosen: "amax", "mse" (clipped where that lowers the error) or "static" (from the first rows)."""
     rotate_qk: bool = False
     rotate_v: bool = False
+    smooth_q: bool = False
     smooth_k: bool = False
     smooth_v: bool = False
+    """Quantise without the mean over the rows. The scores of Q's mean (one of each block of rows: one vector over the
+    keys) are added in float32; K's mean changes nothing but lse; V's is added back to the output."""
     arithmetic: Arithmetic = field(default_factory=lambda: Arithmetic(block_k=BLOCK_K))
 
     def but(self, name: str, title: str, cost: str = "", **changes: object) -> "Scheme":
@@ -77,6 +80,11 @@ def _quantize(x: Tensor, granularity: str, block: int, rule: str) -> Quantized:
     return quantize_with(x, *choose(x, granularity, block))
 
 
+def _block_means(q: Tensor) -> Tensor:
+    """Mean of every block of BLOCK_Q rows, (B, H, ceil(N / BLOCK_Q), d)."""
+    return torch.stack([block.mean(2) for block in q.split(BLOCK_Q, dim=2)], dim=2)
+
+
 def attend(
     scheme: Scheme, q: Tensor, k: Tensor, v: Tensor, *, causal: bool = False, scale: float | None = None, seed: int = 0
 ) -> tuple[Tensor, Tensor]:
@@ -95,6 +103,11 @@ def attend(
     if k_mean is not None:
         k = k - k_mean
         lse_shift = scale * (q @ k_mean.repeat_interleave(group, 1).mT)[..., 0]
+    bias = None
+    if scheme.smooth_q:
+        q_mean = _block_means(q)
+        bias = q_mean @ k.repeat_interleave(group, 1).mT
+        q = q - q_mean.repeat_interleave(BLOCK_Q, 2)[:, :, : q.shape[2]]
     if scheme.rotate_qk:
         q, k = rotate(q, signs), rotate(k, signs)
     v_mean = v.mean(2, keepdim=True) if scheme.smooth_v else None
@@ -104,7 +117,7 @@ def attend(
         v = rotate(v, signs)
 
     q_scale = k_scale = p_factor = None
-    v_scale = torch.ones(1, 1, 1, 1)
+    v_scale = q.new_ones(1, 1, 1, 1)
     if scheme.qk == "e4m3":
         q8 = _quantize(q, scheme.qk_scales, BLOCK_Q, scheme.rule)
         k8 = _quantize(k, scheme.qk_scales, BLOCK_K, scheme.rule)
@@ -118,8 +131,8 @@ def attend(
     elif scheme.v == "bf16":
         v = v.bfloat16().float()
 
-    scales = {"q_scale": q_scale, "k_scale": k_scale, "p_factor": p_factor}
-    o, lse = online_attention(q, k, v, causal=causal, scale=scale, arithmetic=scheme.arithmetic, **scales)
+    folded = {"q_scale": q_scale, "k_scale": k_scale, "p_factor": p_factor, "bias": bias, "bias_rows": BLOCK_Q}
+    o, lse = online_attention(q, k, v, causal=causal, scale=scale, arithmetic=scheme.arithmetic, **folded)
     o = o * (v_scale.expand(1, k.shape[1], 1, -1) if v_scale.shape[1] == 1 else v_scale).repeat_interleave(group, 1)
     if scheme.rotate_v:
         o = unrotate(o, signs)
@@ -135,6 +148,7 @@ ROTATION = PLAIN.but("rotation", "+ rotation", "rotation fused into the quantise
 BOTH = BLOCK.but("both", "+ block scales + rotation", "both of these", rotate_qk=True)
 
 _HALF = "matmul time 1.5x"
+_SMOOTH_Q = "one addition a score, a vector a tile"
 _BF16 = Arithmetic("bf16", p_offset=0)
 _BF16_QK = PLAIN.but("bf16 qk", "Q K^T in BF16, P V in FP8", _HALF, qk="bf16", v_scales="head")
 
@@ -151,6 +165,9 @@ ALTERNATIVES: tuple[Scheme, ...] = (
     BOTH.but("both token", "both, Q, K scales per token", "one multiply a score", qk_scales="token"),
     BOTH.but("both clipped", "both, clipped for least error", "5 trials a block", rule="mse"),
     BOTH.but("both smooth k", "both, K without its mean", "a pass over K", smooth_k=True),
+    PLAIN.but("smooth q and k", "Q, K without their means", _SMOOTH_Q, smooth_q=True, smooth_k=True),
+    BOTH.but("both smooth q", "both, Q without its block means", _SMOOTH_Q, smooth_q=True),
+    BOTH.but("both smooth q, k", "both, Q, K without their means", _SMOOTH_Q, smooth_q=True, smooth_k=True),
     BOTH.but("v channel", "both, V scales per channel", "d factors for O", v_scales="channel"),
     BOTH.but("v block", "both, V scales per block, in P", "one multiply a probability", v_scales="block"),
     BOTH.but("smooth v", "both, V without its mean", "a pass over V, d additions for O", smooth_v=True),
