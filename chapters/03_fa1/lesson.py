@@ -39,7 +39,7 @@ from fa_reference.memory import Memory, OffChipAccess, SramOverflow, sram_budget
 from fa_reference.triton_cpu import DEVICES, compile_forward, tl, triton
 
 lesson.style()
-torch.manual_seed(0)
+_ = torch.manual_seed(0)
 
 # %% [markdown]
 # ## 1. Measure first: where do the bytes go?
@@ -180,6 +180,7 @@ plt.show()
 #
 # **for** $j = 1 \dots T_c$: load $K_j, V_j$ $\quad(B_c \times d)$
 # <br>&emsp; **for** $i = 1 \dots T_r$: load $Q_i, O_i$ $\quad(B_r \times d)$ and $l_i, m_i$ $\quad(B_r)$
+#
 # $$
 # \begin{aligned}
 # S_{ij} &= s\, Q_i K_j^T &&\in \mathbb{R}^{B_r \times B_c}\\
@@ -190,6 +191,7 @@ plt.show()
 #        \left( \mathrm{diag}(l_i)\, e^{m_i - m_i^{new}}\, O_i + P_{ij} V_j \right)
 # \end{aligned}
 # $$
+#
 # &emsp;&emsp; store $O_i$, $l_i \leftarrow l_i^{new}$, $m_i \leftarrow m_i^{new}$
 #
 # This is chapter 2's update with one change: O is kept *normalised* ($O_i$ is already the correct output for the keys
@@ -462,8 +464,8 @@ print("largest error:", (lse - torch.logsumexp(x, 1)).abs().max().item())
 # %% [markdown]
 # ## 8. Exercise two: `fa1_triton.py`
 #
-# Write the kernel of `chapters/03_fa1/fa1_triton.py`, and its grid: one program per (batch, head). It is `fa1_head`
-# with addresses: the same two loops, the same update. What is different:
+# Write `fa1_kernel` in `chapters/03_fa1/fa1_triton.py`, and `launch_grid`: one program per (batch, head). The kernel is
+# `fa1_head` with addresses: the same two loops, the same update. What is different:
 #
 # - Q, K, V are 16-bit; O between visits is a float32 buffer `acc` in HBM, l and m are float32. P is rounded to V's
 #   dtype before `tl.dot`.

@@ -47,7 +47,7 @@ from fa_reference.memory import Memory, sram_budget
 from fa_reference.triton_cpu import DEVICES, TensorDescriptor, compile_forward, tl, triton
 
 lesson.style()
-torch.manual_seed(0)
+_ = torch.manual_seed(0)
 
 # %% [markdown]
 # ## 1. Measure first: what FlashAttention-1 spends its bytes and its GPU on
@@ -149,6 +149,7 @@ plt.show()
 #
 # **for** $i = 1 \dots T_r$ (in parallel): load $Q_i$; on chip $O_i = 0$, $l_i = 0$, $m_i = -\infty$
 # <br>&emsp; **for** $j = 1 \dots T_c$, as far as row block $i$ sees keys: load $K_j$, $V_j$
+#
 # $$
 # \begin{aligned}
 # S_{ij} &= s\, Q_i K_j^T &&\text{masked only if the block is seen in part}\\
@@ -158,6 +159,7 @@ plt.show()
 # O_i &\leftarrow \mathrm{diag}(e^{m_i - m_i^{new}})\, O_i + P_{ij} V_j &&\text{no division}
 # \end{aligned}
 # $$
+#
 # &emsp; $O_i \leftarrow \mathrm{diag}(l_i)^{-1} O_i$, $\; L_i = m_i + \log l_i$; store $O_i$ and $L_i$, once
 #
 # Why no division is allowed: the unnormalised $O_i$ is $\sum_j e^{S_{ij} - m_i} V_j$ over the keys seen so far, and
@@ -175,21 +177,7 @@ plt.show()
 class CountElements(TorchDispatchMode):
     """Adds up how many numbers every elementwise operation and reduction works on; matrix products are left out."""
 
-    ARITHMETIC = {
-        "add",
-        "mul",
-        "div",
-        "exp",
-        "maximum",
-        "amax",
-        "sum",
-        "where",
-        "eq",
-        "masked_fill",
-        "sub",
-        "rsub",
-        "log",
-    }
+    ARITHMETIC = set("add mul div sub rsub exp log sum amax maximum where eq masked_fill".split())
 
     def __init__(self):
         super().__init__()
@@ -461,7 +449,7 @@ print(y)  # rows 3 and 4 of x[0], then zeros
 # ## 9. Exercise two: `fa2_triton.py`
 #
 # Write `visit_blocks` (the inner loop, compiled twice: with and without a mask), `fa2_kernel` (which block and head,
-# which keys, two calls of `visit_blocks`, division, stores) and the grid. Descriptors and block sizes are given.
+# which keys, two calls of `visit_blocks`, division, stores) and `launch_grid`. Descriptors and block sizes are given.
 #
 # - `MASKED` is a `tl.constexpr`: an `if` on it is decided by the compiler, so the unmasked loop has no trace of a mask.
 # - The tail is a mask, too: the last block of keys may reach beyond $N_k$. Zeros from the descriptor are not enough: a
