@@ -253,6 +253,13 @@ __device__ __forceinline__ bool softmax(const float (&s)[kBlockK / 2], u32 (&p)[
     return again;
 }
 
+// A use of P behind the wait for P V. Without one, the compiler takes P's registers for free as soon as P V is issued,
+// although it is still being read, and puts the next P there.
+__device__ __forceinline__ void keep(const u32 (&p)[kBlockK / 4]) {
+#pragma unroll
+    for (int i = 0; i < kBlockK / 4; ++i) asm volatile("st.shared.u32 [%0], %1;" ::"r"(0), "r"(p[i]));
+}
+
 // Scores of keys that a row must not see become -inf. `limit` = number of visible keys from the block's start on.
 __device__ __forceinline__ void mask(float (&s)[kBlockK / 2], int limit_top, int limit_bottom) {
 #pragma unroll
@@ -296,9 +303,7 @@ __device__ __forceinline__ void consume(Shared& shared, const int consumer, u16*
     const u32 my_turn = kTurnBarrier + consumer, next_turn = kTurnBarrier + (consumer + 1) % kConsumers;
     // In the main loop consumer 0 alone asks the mbarriers: the others get their turn after it, and so after the data.
     const bool asks = !kPingpong || consumer == 0;
-    // The compiler takes P's registers for free once P V is issued, though it is still running, and would put the next
-    // P there. A choice that it cannot foresee keeps them occupied until the wait.
-    const bool never = problem.len_k < 0;
+    const bool never = problem.len_k < 0;  // something that the compiler cannot know
     Cursor<kStages> k_cursor, v_cursor;
     Cursor<kQueryStages> q_cursor;
     if (kPingpong && consumer == kConsumers - 1) named_barrier_arrive(next_turn, 256);  // consumer 0 may begin
@@ -359,36 +364,43 @@ __device__ __forceinline__ void consume(Shared& shared, const int consumer, u16*
                 mask(s, visible_top - block * kBlockK, visible_bottom - block * kBlockK);
                 exact_softmax(s, p, rows.sum, rows, c);
             }
-            // One step of Algorithm 2: S of `block` and P V of the block before are in flight together.
-            auto step = [&](auto masked) {
+            // One step of Algorithm 2: S of `block` and P V of the block before are in flight together. Reads `old`,
+            // writes `fresh`; two steps at a time, so that the two change roles without being copied.
+            u32 other_p[kBlockK / 4];
+            auto step = [&](auto masked, u32 (&old)[kBlockK / 4], u32 (&fresh)[kBlockK / 4]) {
                 float s[kBlockK / 2];
-                u32 next_p[kBlockK / 4];
                 if (asks) mbarrier_wait(&shared.k_full[k_cursor.slot()], k_cursor.parity(), K_FULL, block);
                 if (kPingpong) named_barrier_sync(my_turn, 256);
                 issue_qk(s);
                 if (asks) mbarrier_wait(&shared.v_full[v_cursor.slot()], v_cursor.parity(), V_FULL, block + 1);
-                issue_pv(o, p);
+                issue_pv(o, old);
                 if (kPingpong) named_barrier_arrive(next_turn, 256);
                 wgmma_wait<1>();  // S is there, P V may go on
                 release(shared.k_empty, k_cursor);
                 if (decltype(masked)::value) mask(s, visible_top - block * kBlockK, visible_bottom - block * kBlockK);
-                const bool rescale = softmax(s, next_p, rows, c);
+                const bool rescale = softmax(s, fresh, rows, c);
                 wgmma_wait<0>();  // P V is done: O and the registers of P are free
                 release(shared.v_empty, v_cursor);
                 if (rescale) {
 #pragma unroll
                     for (int i = 0; i < kHeadDim / 2; ++i) o[i] *= rows.factor[(i / 2) % 2];
                 }
-#pragma unroll
-                for (int i = 0; i < kBlockK / 4; ++i) p[i] = never ? p[i] : next_p[i];
+                if (never) keep(old);
+                --block;
             };
             --block;
-            if constexpr (kCausal) {
+            // One at a time while blocks need a mask or their number is odd, then in pairs.
 #pragma unroll 1
-                for (; block >= unmasked_blocks; --block) step(True{});
+            while (block >= unmasked_blocks || block % 2 == 0) {
+                step(True{}, p, other_p);
+#pragma unroll
+                for (int i = 0; i < kBlockK / 4; ++i) p[i] = other_p[i];
             }
 #pragma unroll 1
-            for (; block >= 0; --block) step(False{});
+            while (block > 0) {
+                step(False{}, p, other_p);
+                step(False{}, other_p, p);
+            }
         }
         // The last S is done, so Q may be overwritten, and all lanes have read the tile.
         __syncwarp();

@@ -15,7 +15,6 @@ from fa_reference.kernels import (
     CompiledKernel,
     Descriptor,
     LoadedKernel,
-    TileGeometry,
     check_address,
     compile_kernel,
     encode,
@@ -66,8 +65,8 @@ CONFIGS = {
     (64, True): Config(64, 3, 96, True, 32, 160),
     (128, False): Config(128, 2, 128, True, 24, 240),
     (128, True): Config(128, 2, 128, True, 24, 240),
-    (256, False): Config(256, 2, 64, False, 24, 240, query_stages=1),
-    (256, True): Config(256, 2, 64, False, 24, 240, query_stages=1),
+    (256, False): Config(256, 2, 64, True, 24, 240, query_stages=1),
+    (256, True): Config(256, 2, 64, True, 24, 240, query_stages=1),
 }
 HEAD_DIMS = tuple(sorted({head_dim for head_dim, _ in CONFIGS}))
 
@@ -117,69 +116,69 @@ def _load(config: Config, causal: bool, dtype: torch.dtype, debug: bool, source:
     return LoadedKernel(compiled, "fa3_forward", threads=config.threads, shared_bytes=config.shared_bytes)
 
 
-@dataclasses.dataclass
 class _Plan:
-    """All that does not change between calls with tensors of the same shape, strides, dtype and device."""
+    """All that does not change between calls with tensors of the same shapes, strides, dtypes and device."""
 
-    kernel: LoadedKernel
-    geometry: tuple[TileGeometry, TileGeometry, TileGeometry]
-    lse_shape: tuple[int, int, int]
-    grid: tuple[int]
-    device: int
-    descriptors: tuple[ctypes.Array, ctypes.Array, ctypes.Array]
-    pointers: tuple[ctypes.c_void_p, ctypes.c_void_p, ctypes.c_void_p]  # o, lse, tile counter
-    arguments: Arguments
-    counters: dict[int, Tensor]  # stream -> the counter its launches share
-    lock: threading.Lock
+    def __init__(
+        self, q: Tensor, k: Tensor, v: Tensor, *, causal: bool, scale: float, config: Config, debug: bool, source: Path
+    ) -> None:
+        require_hopper(q.device)
+        batch, heads_q, len_q, head_dim = q.shape
+        heads_kv, len_k = k.shape[1:3]
+        self.geometry = (
+            tile_geometry(q, name="q", box_rows=config.block_q),
+            tile_geometry(k, name="k", box_rows=config.block_k),
+            tile_geometry(v, name="v", box_rows=config.block_k),
+        )
+        query_tiles = math.ceil(len_q / config.block_q)
+        heads = batch * heads_q
+        # Causal: tiles of several heads run side by side, longest first, as many as keep their K and V in L2.
+        # Otherwise all tiles are equally long and the heads come one after the other.
+        heads_in_l2 = max(1, L2_BYTES_FOR_KEYS // (2 * len_k * head_dim * q.element_size()))
+        per_key_head = heads_q // heads_kv
+        section = min(heads, 2 ** int(math.log2(heads_in_l2)) * per_key_head) if causal else 1
+        o_strides = torch.empty_like(q).stride()[:3]
+        problem = Problem(len_q, len_k, query_tiles, heads, heads_q, per_key_head, section, scale, *o_strides)
+        self.descriptors = (Descriptor(), Descriptor(), Descriptor())
+        self.o, self.lse, self.counter = ctypes.c_void_p(), ctypes.c_void_p(), ctypes.c_void_p()
+        self.arguments = Arguments(*self.descriptors, self.o, self.lse, self.counter, problem)
+        self.addresses: tuple[int, ...] = ()  # of q, k, v, as encoded in the descriptors
+        self.lse_shape = (batch, heads_q, len_q)
+        self.device = q.device.index
+        self.grid = (min(query_tiles * heads, torch.cuda.get_device_properties(q.device).multi_processor_count),)
+        self.counters: dict[int, Tensor] = {}  # stream -> the counter that its launches share
+        self.lock = threading.Lock()
+        self.kernel = _load(config, causal, q.dtype, debug, source)
+
+    def run(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Allocate the outputs and queue the kernel on the current stream; the plan's device must be current."""
+        o = torch.empty_like(q)
+        lse = torch.empty(self.lse_shape, dtype=torch.float32, device=q.device)
+        with self.lock:  # the arguments are shared by all calls, and copied by the driver when it queues the kernel
+            addresses = (q.data_ptr(), k.data_ptr(), v.data_ptr())
+            if addresses != self.addresses:
+                for name, address, geometry, slot in zip(
+                    "qkv", addresses, self.geometry, self.descriptors, strict=True
+                ):
+                    check_address(address, name)
+                    ctypes.memmove(slot, encode(geometry, address), ctypes.sizeof(slot))
+                self.addresses = addresses
+            counter = self._tile_counter()
+            self.o.value, self.lse.value, self.counter.value = o.data_ptr(), lse.data_ptr(), counter.data_ptr()
+            self.kernel.launch(self.device, self.grid, self.arguments)
+        return o, lse
+
+    def _tile_counter(self) -> Tensor:
+        """The scheduler's counter, zero before a launch and zero again after it: a stream needs only one."""
+        if torch.cuda.is_current_stream_capturing():
+            return torch.zeros(1, dtype=torch.int32, device=self.device)  # belongs to the graph
+        stream = torch._C._cuda_getCurrentRawStream(self.device)
+        if stream not in self.counters:
+            self.counters[stream] = torch.zeros(1, dtype=torch.int32, device=self.device)
+        return self.counters[stream]
 
 
 _plans: dict[tuple, _Plan] = {}
-
-
-def _make_plan(q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float, config: Config, variant: tuple) -> _Plan:
-    require_hopper(q.device)
-    batch, heads_q, len_q, head_dim = q.shape
-    heads_kv, len_k = k.shape[1:3]
-    geometry = (
-        tile_geometry(q, name="q", box_rows=config.block_q),
-        tile_geometry(k, name="k", box_rows=config.block_k),
-        tile_geometry(v, name="v", box_rows=config.block_k),
-    )
-    query_tiles = math.ceil(len_q / config.block_q)
-    heads = batch * heads_q
-    bytes_per_key_head = 2 * len_k * head_dim * q.element_size()
-    # Causal: tiles of several heads run side by side, longest first, as many as keep their K and V in L2. Otherwise
-    # all tiles are equal and the heads come one after the other.
-    in_l2 = max(1, L2_BYTES_FOR_KEYS // bytes_per_key_head)
-    section = min(heads, 2 ** int(math.log2(in_l2)) * (heads_q // heads_kv)) if causal else 1
-    o = torch.empty_like(q)
-    per_key_head = heads_q // heads_kv
-    problem = Problem(len_q, len_k, query_tiles, heads, heads_q, per_key_head, section, scale, *o.stride()[:3])
-    descriptors = (Descriptor(), Descriptor(), Descriptor())
-    pointers = (ctypes.c_void_p(), ctypes.c_void_p(), ctypes.c_void_p())
-    processors = torch.cuda.get_device_properties(q.device).multi_processor_count
-    return _Plan(
-        _load(config, causal, q.dtype, *variant),
-        geometry,
-        (batch, heads_q, len_q),
-        (min(query_tiles * heads, processors),),
-        q.device.index,
-        descriptors,
-        pointers,
-        Arguments(*descriptors, *pointers, problem),
-        {},
-        threading.Lock(),
-    )
-
-
-def _tile_counter(plan: _Plan) -> Tensor:
-    """The scheduler's counter, zero before a launch and zero again after it: a stream needs only one."""
-    if torch.cuda.is_current_stream_capturing():
-        return torch.zeros(1, dtype=torch.int32, device=plan.device)  # belongs to the graph
-    stream = torch._C._cuda_getCurrentRawStream(plan.device)
-    if stream not in plan.counters:
-        plan.counters[stream] = torch.zeros(1, dtype=torch.int32, device=plan.device)
-    return plan.counters[stream]
 
 
 def forward(
@@ -215,29 +214,16 @@ def forward(
             return torch.zeros_like(q), torch.full(q.shape[:3], -math.inf, device=q.device)
         chosen = config or CONFIGS[q.shape[3], causal]
         with torch.cuda.device(q.device):
-            plan = _make_plan(q, k, v, causal, number, chosen, (debug, source))
+            plan = _Plan(q, k, v, causal=causal, scale=number, config=chosen, debug=debug, source=source)
         if len(_plans) >= MAX_PLANS:
             _plans.clear()
         _plans[key] = plan
-    if plan.device != torch.cuda.current_device():
+    if plan.device == torch._C._cuda_getDevice():
+        result = plan.run(q, k, v)
+    else:
         with torch.cuda.device(plan.device):
-            return _run(plan, q, k, v, debug)
-    return _run(plan, q, k, v, debug)
-
-
-def _run(plan: _Plan, q: Tensor, k: Tensor, v: Tensor, debug: bool) -> tuple[Tensor, Tensor]:
-    o = torch.empty_like(q)
-    lse = torch.empty(plan.lse_shape, dtype=torch.float32, device=q.device)
-    with plan.lock:
-        for name, tensor, geometry, slot in zip("qkv", (q, k, v), plan.geometry, plan.descriptors, strict=True):
-            address = tensor.data_ptr()
-            check_address(address, name)
-            ctypes.memmove(slot, encode(geometry, address), 128)
-        counter = _tile_counter(plan)
-        for pointer, tensor in zip(plan.pointers, (o, lse, counter), strict=True):
-            pointer.value = tensor.data_ptr()
-        plan.kernel.launch(plan.device, plan.grid, plan.arguments)
+            result = plan.run(q, k, v)
     if debug:
         plan.counters.clear()  # after a deadlock they are not zero
         plan.kernel.check_deadlock(BARRIER_NAMES)
-    return o, lse
+    return result
