@@ -133,7 +133,7 @@ class Agent:
         start = self.sm.now
         self.sm.log_issue(self, name, operand)
         await self.sleep_until(start + self.sm.luck.vary(self.sm.timing.issue))
-        self.span("issue", f"{name} {operand}".strip(), start)
+        self.span("issue", f"{name} {operand}".strip(), start, self.iteration)
 
     async def wait_for(self, what: str, source: Any, ready: Callable[[], bool], latency: float) -> None:
         """Block until ready(); `source` has a list of waiters and says what is missing."""
@@ -142,7 +142,11 @@ class Agent:
             self.waiting = (what, source.missing, start)
             await suspend(lambda resume: source.waiters.append(lambda: self.sm.after(latency, resume)))
         self.waiting = None
-        self.span("wait", what, start)
+        self.span("wait", what, start, self.iteration)
+
+    def spend(self, unit: str, tile: Fragment, name: str, *, reduces: bool = False) -> None:
+        """Arithmetic on a tile, for which the next instruction will wait."""
+        self.work.append(Work(unit, 128 * tile.registers, name, self.iteration, reduces))
 
     async def _finish_work(self) -> None:
         """Spend the time of the arithmetic since the last instruction.
@@ -153,7 +157,7 @@ class Agent:
         work, self.work = self.work, []
         start = end = self.sm.now
         for item in work:
-            begin, finish = self.sm.units[item.unit].reserve(item.amount, self, item.name)
+            begin, finish = self.sm.units[item.unit].reserve(item.amount, self, item.name, item.iteration)
             end = max(end, finish)
             if item.reduces:
                 await self.sleep_until(end + self.sm.timing.quad_reduce)
@@ -161,7 +165,8 @@ class Agent:
                 await self.sleep_until(begin + self.sm.timing.math_latency)
         await self.sleep_until(end)
         if work:
-            self.span("math", "softmax" if any(item.name == "exp2" for item in work) else "arithmetic", start)
+            name = "softmax" if any(item.name == "exp2" for item in work) else "arithmetic"
+            self.span("math", name, start, work[0].iteration)
 
     async def wait_groups(self, groups: list[Group], pending: int, what: str) -> None:
         """Wait for all but the newest `pending` groups; their registers and buffers are free then."""
@@ -174,10 +179,10 @@ class Agent:
                 if fragment.in_flight is group:
                     fragment.in_flight = None
 
-    def span(self, kind: str, name: str, start: float) -> None:
-        """Record what this warpgroup did from `start` until now."""
+    def span(self, kind: str, name: str, start: float, iteration: int | None) -> None:
+        """Record what this warpgroup did from `start` until now, for a loop iteration."""
         if self.sm.now > start:
-            self.sm.spans.append(Span(self.name, kind, name, start, self.sm.now, self.iteration, self.name))
+            self.sm.spans.append(Span(self.name, kind, name, start, self.sm.now, iteration, self.name))
 
     # --- rules
 

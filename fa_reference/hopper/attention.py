@@ -117,6 +117,7 @@ def run_attention(
     causal: bool = False,
     scale: float | None = None,
     block_k: int = 128,
+    consumers: int | None = None,
     timing: Timing | None = None,
     seed: int | None = None,
     check: bool = True,
@@ -125,9 +126,10 @@ def run_attention(
     """Run a schedule on whole tensors, one simulated block after the other.
 
     q (B, H_q, N_q, d); k, v (B, H_kv, N_k, d), CPU, float16 or bfloat16. `schedule` is a module with
-    CONSUMERS and kernel(sm, block, **options), which returns the roles. Raises ValueError for bad inputs, RuleBroken
-    for a wrong schedule.
+    CONSUMERS (the default for `consumers`) and kernel(sm, block, **options), which returns the roles. Raises ValueError
+    for bad inputs, RuleBroken for a wrong schedule.
     """
+    consumers = schedule.CONSUMERS if consumers is None else consumers
     scale = check_attention_inputs(q, k, v, causal=causal, scale=scale, dtypes=DTYPES, devices=("cpu",))
     dtype = str(q.dtype).removeprefix("torch.")
     group = q.shape[1] // k.shape[1]
@@ -135,7 +137,7 @@ def run_attention(
     Q, K, V = (x.float().numpy() for x in (q, k, v))
     reports = []
     for b, h in np.ndindex(*q.shape[:2]):
-        for row in range(0, q.shape[2], ROWS * schedule.CONSUMERS):
+        for row in range(0, q.shape[2], ROWS * consumers):
             sm = SM(timing, seed=seed, check=check)
             block = AttentionBlock(
                 Q=sm.gmem("Q", Q[b, h], dtype, level="HBM"),
@@ -144,7 +146,7 @@ def run_attention(
                 O=sm.gmem("O", o[b, h], dtype, level="HBM"),
                 L=sm.gmem("L", lse[b, h], "float32"),
                 row=row,
-                consumers=schedule.CONSUMERS,
+                consumers=consumers,
                 block_k=block_k,
                 causal=causal,
                 scale=scale,

@@ -37,7 +37,9 @@ class Copies(Agent):
             buffer.data[:] = source.box(row, buffer.shape)
             mbarrier.complete_tx(buffer.bytes, {(access, "over")}, phase, **where)
 
-        _, end = self.sm.units["TMA"].reserve(self._traffic(buffer, source), self, f"load {buffer.name}")
+        _, end = self.sm.units["TMA"].reserve(
+            self._traffic(buffer, source), self, f"load {buffer.name}", self.iteration
+        )
         self.sm.background(end + self._tma_latency(source), complete)
 
     @instruction
@@ -54,7 +56,9 @@ class Copies(Agent):
             target.put(row, buffer.data)
             group.one_done()
 
-        _, end = self.sm.units["TMA"].reserve(self._traffic(buffer, target), self, f"store {buffer.name}")
+        _, end = self.sm.units["TMA"].reserve(
+            self._traffic(buffer, target), self, f"store {buffer.name}", self.iteration
+        )
         self.sm.background(end + self._tma_latency(target), complete)
 
     @instruction
@@ -95,7 +99,9 @@ class Copies(Agent):
         await self.issue("ld.shared", buffer.name)
         access = self.access(buffer, "ld.shared", writes=False, generic=True)
         values = buffer.data.copy()
-        await self.sleep_until(self.sm.units["smem"].reserve(buffer.bytes, self, f"load {buffer.name}")[1])
+        await self.sleep_until(
+            self.sm.units["smem"].reserve(buffer.bytes, self, f"load {buffer.name}", self.iteration)[1]
+        )
         self.known.add((access, "over"))
         return Fragment(self, values, buffer.dtype)
 
@@ -107,7 +113,9 @@ class Copies(Agent):
             raise IllegalOperand(f"st.shared of {tile} to {buffer}", **self.where(buffer.name))
         access = self.access(buffer, "st.shared", writes=True, generic=True)
         buffer.data[:] = round_to(tile.values, buffer.dtype)
-        await self.sleep_until(self.sm.units["smem"].reserve(buffer.bytes, self, f"store {buffer.name}")[1])
+        await self.sleep_until(
+            self.sm.units["smem"].reserve(buffer.bytes, self, f"store {buffer.name}", self.iteration)[1]
+        )
         self.known.add((access, "over"))
 
     @instruction

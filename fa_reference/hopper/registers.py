@@ -26,6 +26,7 @@ class Work(NamedTuple):
     unit: str
     amount: int
     name: str
+    iteration: int | None  # of the loop, when it was written down
     reduces: bool = False  # its result exists only when all of it is done, and after a reduction over the quad
 
 
@@ -83,12 +84,12 @@ class Fragment:
 
     def row_max(self) -> "Fragment":
         """Largest value of each row, (64, 1): over a thread's own values, then over the quad."""
-        self.wg.work.append(Work("FP32", 128 * self.registers, "max", reduces=True))
+        self.wg.spend("FP32", self, "max", reduces=True)
         return Fragment(self.wg, self.values.max(axis=1, keepdims=True))
 
     def row_sum(self) -> "Fragment":
         """Sum of each row, (64, 1). Kept per thread in a kernel, reduced over the quad once at the end: not counted."""
-        self.wg.work.append(Work("FP32", 128 * self.registers, "sum"))
+        self.wg.spend("FP32", self, "sum")
         return Fragment(self.wg, self.values.sum(axis=1, keepdims=True, dtype=np.float32))
 
     def where(self, keep: np.ndarray, otherwise: float) -> "Fragment":
@@ -101,7 +102,7 @@ class Fragment:
 
     def to(self, dtype: str) -> "Fragment":
         """Rounded to "float16", "bfloat16" or "float8_e4m3fn" and packed: an A fragment for wgmma."""
-        self.wg.work.append(Work("convert", 128 * self.registers, "convert"))
+        self.wg.spend("convert", self, "convert")
         return Fragment(self.wg, round_to(self.values, dtype), dtype)
 
 
@@ -113,7 +114,7 @@ def _compute(function: Callable, *operands: Operand, unit: str = "FP32", name: s
     with np.errstate(all="ignore"):  # a kernel may well compute NaN: the judge of its result will say so
         result = function(*values).astype(np.float32)
     fragment = Fragment(tiles[0].wg, result)
-    tiles[0].wg.work.append(Work(unit, 128 * fragment.registers, name))
+    fragment.wg.spend(unit, fragment, name)
     return fragment
 
 

@@ -4,10 +4,13 @@ from collections import defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from fa_reference.hopper.rules import RuleBroken
 from fa_reference.hopper.trace import Span, plot_trace, write_trace
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 
 class Issued(NamedTuple):
@@ -65,9 +68,9 @@ class Report:
             lines.append(f"{wg:12} {registers:9} {math:6.1%} {issue:6.1%}  {causes}")
         return "\n".join(lines)
 
-    def plot(self, path: Path | str, *, start: float = 0, stop: float | None = None) -> Path:
-        """The timeline as SVG or PNG."""
-        return plot_trace(path, self.spans, start=start, stop=stop)
+    def plot(self, path: Path | str | None = None, *, start: float = 0, stop: float | None = None) -> "Figure":
+        """The timeline between two cycles as a figure; with a path, also as an SVG or PNG file."""
+        return plot_trace(self.spans, path, start=start, stop=stop)
 
     def write_trace(self, path: Path | str) -> Path:
         """The timeline as JSON for ui.perfetto.dev (format: see trace.py)."""

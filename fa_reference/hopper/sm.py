@@ -35,13 +35,13 @@ class Unit:
         self.free_at = 0.0
         self.busy = 0.0
 
-    def reserve(self, amount: float, wg: Agent, what: str) -> tuple[float, float]:
-        """The next free time for `amount` units of work: (start, end)."""
+    def reserve(self, amount: float, wg: Agent, what: str, iteration: int | None) -> tuple[float, float]:
+        """The next free time for `amount` units of work for a warpgroup's loop iteration: (start, end)."""
         start = max(self.sm.now, self.free_at)
         clocks = self.sm.luck.vary(amount / self.rate)
         self.free_at = start + clocks
         self.busy += clocks
-        self.sm.spans.append(Span(self.name, "unit", what, start, self.free_at, wg.iteration, wg.name))
+        self.sm.spans.append(Span(self.name, "unit", what, start, self.free_at, iteration, wg.name))
         return start, self.free_at
 
     def count(self, amount: float) -> None:
@@ -255,7 +255,7 @@ class SM:
         for mbarrier in self.mbarriers:
             if mbarrier.tx:
                 raise WrongTxBytes(
-                    f"at the end mbarrier {mbarrier.name} is in phase {mbarrier.phase} with a tx-count of {mbarrier.tx}: "
+                    f"at the end mbarrier {mbarrier.name}, phase {mbarrier.phase}, has a tx-count of {mbarrier.tx}: "
                     "bytes that were expected never came, or came unexpected",
                     buffer=mbarrier.name,
                 )

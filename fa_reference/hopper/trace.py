@@ -16,7 +16,10 @@ smallest start of the block.
 import json
 from collections.abc import Iterable
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 COLORS = {"wait": "#dddddd", "math": "#e69f00", "issue": "#999999", "wgmma": "#0072b2", "exp": "#d55e00"}
 COLORS |= {"FP32": "#e69f00", "convert": "#f0e442", "TMA": "#009e73", "TMA store": "#56b4e9", "smem": "#cc79a7"}
@@ -78,31 +81,31 @@ def _tracks(spans: list[Span], pid: int) -> list[str]:
     return list(dict.fromkeys(s.track for s in spans if (s.kind == "unit") == bool(pid)))
 
 
-def plot_trace(path: Path | str, spans: Iterable[Span], *, start: float = 0, stop: float | None = None) -> Path:
-    """Draw the spans between two cycles, a row a track, to an SVG or PNG file (by its ending).
+def plot_trace(
+    spans: Iterable[Span], path: Path | str | None = None, *, start: float = 0, stop: float | None = None
+) -> "Figure":
+    """Draw the spans between two cycles, a row a track; with a path, also to an SVG or PNG file (by its ending).
 
-    Waiting is light grey. Units show by shade for which warpgroup they work.
+    Waiting is light grey. Units show by shade for which warpgroup they work. A number is the loop iteration.
     """
-    import matplotlib
-
-    matplotlib.use("Agg", force=False)
-    from matplotlib import pyplot as plt
+    from matplotlib.figure import Figure  # not pyplot: a notebook's choice of backend stays as it is
 
     spans = list(spans)
     stop = max((s.stop for s in spans), default=1) if stop is None else stop
-    tracks = _tracks(spans, 0) + _tracks(spans, 1)
+    spans = [s for s in spans if s.stop > start and s.start < stop and s.stop > s.start]
     workers = _tracks(spans, 0)
-    figure, axes = plt.subplots(figsize=(12, 0.5 * len(tracks) + 1.2), layout="constrained")
+    tracks = workers + _tracks(spans, 1)
+    figure = Figure(figsize=(12, 0.5 * len(tracks) + 1.2), layout="constrained")
+    axes = figure.subplots()
     for s in spans:
-        if s.stop <= start or s.start >= stop or s.stop == s.start:
-            continue
         left, right = max(s.start, start), min(s.stop, stop)
         color = COLORS.get(s.kind) or COLORS.get(s.track) or COLORS.get(s.name.split()[0], "#888888")
         shade = 1 - 0.25 * (workers.index(s.owner) % 3) if s.owner in workers else 1
         row = tracks.index(s.track)
         axes.barh(row, right - left, left=left, height=0.8, color=color, alpha=shade, edgecolor="white", linewidth=0.5)
         if right - left > 0.035 * (stop - start):
-            text = s.name if s.iteration is None or s.kind == "wait" else f"{s.name} {s.iteration}"
+            name = s.name.removeprefix(f"{s.track} ")
+            text = name if s.iteration is None or s.kind == "wait" else f"{name} {s.iteration}"
             fits = int((right - left) / (stop - start) * 130)
             axes.text((left + right) / 2, row, text[:fits], ha="center", va="center", fontsize=7)
     axes.set_yticks(range(len(tracks)), tracks)
@@ -110,6 +113,6 @@ def plot_trace(path: Path | str, spans: Iterable[Span], *, start: float = 0, sto
     axes.set_xlabel("SM cycles")
     axes.invert_yaxis()
     axes.spines[["top", "right"]].set_visible(False)
-    figure.savefig(path)
-    plt.close(figure)
-    return Path(path)
+    if path is not None:
+        figure.savefig(path)
+    return figure

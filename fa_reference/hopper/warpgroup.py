@@ -189,7 +189,7 @@ class Warpgroup(Copies):
         self.sm.units["smem"].count(size)
         fp8 = timing.fp8_factor if DTYPE_BYTES[B.dtype] == 1 else 1
         as_flop = max(flop / fp8, size / timing.smem_bytes_per_clk * timing.tensor_flop_per_clk)
-        _, end = self.sm.units["wgmma"].reserve(as_flop, self, f"wgmma {operands}")
+        _, end = self.sm.units["wgmma"].reserve(as_flop, self, f"wgmma {B.name}", self.iteration)
         # wgmmas of one warpgroup complete in order
         self.last_wgmma_end = max(self.last_wgmma_end, end + self.sm.luck.vary(timing.wgmma_latency))
         self.sm.background(self.last_wgmma_end, complete)

@@ -39,6 +39,16 @@ from fa_reference.inputs import Case
 
 SEEDS = [None, *range(8)]
 
+
+@pytest.fixture(autouse=True, scope="module")
+def one_thread():
+    """The tensors are small: handing them to other threads takes longer than the work."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 # --- rules: a minimal kernel for each, wrong or right
 
 RULES: list[tuple[type[RuleBroken], str, Callable]] = []
@@ -826,6 +836,43 @@ def test_latencies_change_cycles_but_not_numbers():
     assert cycles[0] == cycles[1] and cycles[2] == cycles[3] and len(set(cycles)) == 4
 
 
+@pytest.mark.parametrize(
+    "name, consumers, options",
+    [
+        ("warp-specialised", 1, {}),
+        ("two-stage", 1, {"pingpong": False}),
+        *((name, 3, {}) for name in WARP_SPECIALISED),
+    ],
+)
+def test_other_numbers_of_consumers(name, consumers, options):
+    for seed in (None, 1, 2):
+        case = Case(len_q=200, len_k=300, dtype="bfloat16")
+        check(SCHEDULES[name], case, consumers=consumers, seed=seed, **options)
+
+
+def test_a_barrier_passes_on_what_others_know():
+    """Legal and used in practice: one consumer waits for the loads, the other learns of them at a named barrier."""
+
+    def roles(sm):
+        X, tile, full = matrix(sm), sm.smem("tile", (64, 64), "float16"), sm.mbarrier("full", 1)
+
+        async def first(wg):
+            await fill(wg, tile, X, 0, full)
+            await wg.mbarrier_wait(full, 0)
+            await wg.bar_sync(1, 256)
+
+        async def second(wg):
+            await wg.bar_sync(1, 256)
+            await square(wg, tile)
+            await wg.wgmma_wait_group(0)
+
+        return {"first": first, "second": second}
+
+    for seed in SEEDS:
+        sm = SM(seed=seed)
+        sm.run(roles(sm))
+
+
 def mutants(module: ModuleType):
     """The module's source with one awaited instruction after the other left out."""
     lines = inspect.getsource(module).splitlines()
@@ -932,4 +979,5 @@ def test_traces_can_be_written_read_and_drawn(tmp_path):
     document = json.loads(path.read_text())
     assert document["otherData"]["unit"] == "cycles" and {e["ph"] for e in document["traceEvents"]} == {"X", "M"}
     for ending in ("svg", "png"):
-        assert report.plot(tmp_path / f"timeline.{ending}", stop=report.cycles / 2).stat().st_size > 1000
+        report.plot(tmp_path / f"timeline.{ending}", stop=report.cycles / 2)
+        assert (tmp_path / f"timeline.{ending}").stat().st_size > 1000

@@ -24,7 +24,7 @@ def kernel(sm: SM, block: AttentionBlock, stages: int = 2) -> dict[str, Role]:
         await wg.bar_arrive(1 + (w + 1) % block.consumers, 256)
 
     async def consumer(wg, w):
-        await wg.setmaxnreg_inc(CONSUMER_REGISTERS)
+        await wg.setmaxnreg_inc(CONSUMER_REGISTERS[block.consumers])
         O, softmax = wg.full(block.head_dim, 0.0), OnlineSoftmax(wg, block.scale, block.dtype)
         await wg.mbarrier_wait(tiles.Q_full, 0)
         if w == block.consumers - 1:

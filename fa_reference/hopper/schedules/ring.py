@@ -9,7 +9,9 @@ from fa_reference.hopper.registers import ROWS, Fragment
 from fa_reference.hopper.sm import SM
 from fa_reference.hopper.warpgroup import Warpgroup
 
-PRODUCER_REGISTERS, CONSUMER_REGISTERS = 24, 240
+# Registers per thread after setmaxnreg, by the number of consumers: together at most what the block got at launch.
+PRODUCER_REGISTERS = {1: 24, 2: 24, 3: 32}
+CONSUMER_REGISTERS = {1: 256, 2: 240, 3: 160}
 
 
 @dataclass(frozen=True)
@@ -83,7 +85,7 @@ async def produce(wg: Warpgroup, block: AttentionBlock, tiles: Tiles) -> None:
 
     A consumer may need K_(j+1) before it can release V_(j-1), so waiting for V_j's stage first would hold it up.
     """
-    await wg.setmaxnreg_dec(PRODUCER_REGISTERS)
+    await wg.setmaxnreg_dec(PRODUCER_REGISTERS[block.consumers])
     await wg.mbarrier_arrive_expect_tx(tiles.Q_full, sum(Q.bytes for Q in tiles.Q))
     for w, Q in enumerate(tiles.Q):
         await wg.tma_load(Q, block.Q, block.row + ROWS * w, tiles.Q_full)

@@ -9,6 +9,8 @@ CONSUMERS = 1
 
 def kernel(sm: SM, block: AttentionBlock) -> dict[str, Role]:
     """The roles of one block."""
+    if block.consumers != 1:
+        raise ValueError(f"consumers is {block.consumers}; allowed: 1, as there is one warpgroup")
     d, block_k = block.head_dim, block.block_k
     Q_smem = sm.smem("Q", (ROWS, d), block.dtype)
     K_smem, V_smem = sm.smem("K", (block_k, d), block.dtype), sm.smem("V", (block_k, d), block.dtype)

@@ -39,7 +39,7 @@ def kernel(sm: SM, block: AttentionBlock, stages: int = 2, pingpong: bool = True
         await wg.wgmma_commit_group()
 
     async def consumer(wg, w):
-        await wg.setmaxnreg_inc(CONSUMER_REGISTERS)
+        await wg.setmaxnreg_inc(CONSUMER_REGISTERS[block.consumers])
         O, softmax = wg.full(block.head_dim, 0.0), OnlineSoftmax(wg, block.scale, block.dtype)
         last = block.key_blocks - 1
         await wg.mbarrier_wait(tiles.Q_full, 0)
