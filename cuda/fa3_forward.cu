@@ -20,13 +20,12 @@
 
 // ---- configuration: set by the host (fa3_forward.py) ---------------------------------------------------------------
 constexpr int kHeadDim = FA_HEAD_DIM;
-constexpr int kConsumers = FA_CONSUMERS;    // warpgroups that compute; each owns 64 rows of the query tile
-constexpr int kBlockK = FA_BLOCK_K;         // keys in a block
-constexpr int kStages = FA_STAGES;          // slots in the rings of K and V
+constexpr int kConsumers = FA_CONSUMERS;       // warpgroups that compute; each owns 64 rows of the query tile
+constexpr int kBlockK = FA_BLOCK_K;            // keys in a block
+constexpr int kStages = FA_STAGES;             // slots in the rings of K and V
 constexpr int kQueryStages = FA_QUERY_STAGES;  // with 2, the next tile's queries are there before this tile ends
 constexpr bool kCausal = FA_CAUSAL;
 constexpr bool kBf16 = FA_BF16;
-constexpr bool kPingpong = FA_PINGPONG;
 constexpr int kProducerRegisters = FA_PRODUCER_REGISTERS, kConsumerRegisters = FA_CONSUMER_REGISTERS;
 
 constexpr int kBlockQ = 64 * kConsumers;
@@ -143,8 +142,8 @@ __device__ __forceinline__ Tile decode(u32 number, const Problem& problem) {
 }
 
 // ---- producer ------------------------------------------------------------------------------------------------------
-// One thread. K runs one block ahead of V, because S of block j+1 is issued before P V of block j. Blocks go from the
-// last key to the first: masked blocks come first, and the next tile's first block does not depend on its length.
+// One thread. Blocks go from the last key to the first, so that those with a mask come first. K runs one block ahead of
+// V, because consumers need the next block's K before this block's V.
 __device__ __forceinline__ void produce(Shared& shared, const TensorMap& q_map, const TensorMap& k_map,
                                         const TensorMap& v_map, u32* tile_counter, const Problem& problem) {
     const u32 tiles = problem.query_tiles * problem.heads;
@@ -302,11 +301,11 @@ __device__ __forceinline__ void consume(Shared& shared, const int consumer, u16*
     const u64 v_descriptor = wgmma_descriptor(shared_address(shared.v), kBlockK * 128);
     const u32 my_turn = kTurnBarrier + consumer, next_turn = kTurnBarrier + (consumer + 1) % kConsumers;
     // In the main loop consumer 0 alone asks the mbarriers: the others get their turn after it, and so after the data.
-    const bool asks = !kPingpong || consumer == 0;
+    const bool asks = consumer == 0;
     const bool never = problem.len_k < 0;  // something that the compiler cannot know
     Cursor<kStages> k_cursor, v_cursor;
     Cursor<kQueryStages> q_cursor;
-    if (kPingpong && consumer == kConsumers - 1) named_barrier_arrive(next_turn, 256);  // consumer 0 may begin
+    if (consumer == kConsumers - 1) named_barrier_arrive(next_turn, 256);  // consumer 0 may begin
 
     auto issue_qk = [&](float (&s)[kBlockK / 2]) {  // S = Q K^T, overwriting s
         const u64 q = wgmma_advance(q_descriptor, q_cursor.slot() * kBytesQ);
@@ -347,6 +346,7 @@ __device__ __forceinline__ void consume(Shared& shared, const int consumer, u16*
         }
         visible_top -= 2 * (lane % 4);
         visible_bottom -= 2 * (lane % 4);
+
         Rows rows = {{-kInfinity, -kInfinity}, {0, 0}, {1, 1}};
         float o[kHeadDim / 2];
         u32 p[kBlockK / 4];
@@ -370,11 +370,11 @@ __device__ __forceinline__ void consume(Shared& shared, const int consumer, u16*
             auto step = [&](auto masked, u32 (&old)[kBlockK / 4], u32 (&fresh)[kBlockK / 4]) {
                 float s[kBlockK / 2];
                 if (asks) mbarrier_wait(&shared.k_full[k_cursor.slot()], k_cursor.parity(), K_FULL, block);
-                if (kPingpong) named_barrier_sync(my_turn, 256);
+                named_barrier_sync(my_turn, 256);
                 issue_qk(s);
                 if (asks) mbarrier_wait(&shared.v_full[v_cursor.slot()], v_cursor.parity(), V_FULL, block + 1);
                 issue_pv(o, old);
-                if (kPingpong) named_barrier_arrive(next_turn, 256);
+                named_barrier_arrive(next_turn, 256);
                 wgmma_wait<1>();  // S is there, P V may go on
                 release(shared.k_empty, k_cursor);
                 if (decltype(masked)::value) mask(s, visible_top - block * kBlockK, visible_bottom - block * kBlockK);
@@ -414,14 +414,15 @@ __device__ __forceinline__ void consume(Shared& shared, const int consumer, u16*
         }
 
         float inverse[2];
+        const long long flat_head = static_cast<long long>(tile.batch) * problem.heads_q + tile.head;
+        float* lse_top = lse_pointer + flat_head * problem.len_q + row;
         const int rows_left = problem.len_q - row;  // rows 0 and 8 from here exist if 0 < rows_left, 8 < rows_left
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
             const float sum = quad_sum(rows.sum[half]);
             inverse[half] = sum == 0.0f ? 0.0f : 1.0f / sum;
             if (lane % 4 == 0 && 8 * half < rows_left)
-                lse_pointer[(static_cast<long long>(tile.batch) * problem.heads_q + tile.head) * problem.len_q + row + 8 * half] =
-                    sum == 0.0f ? -kInfinity : rows.scaled[half] * kLn2 + logf(sum);
+                lse_top[8 * half] = sum == 0.0f ? -kInfinity : rows.scaled[half] * kLn2 + logf(sum);
         }
         u16* o_top = o_pointer + tile.batch * problem.o_stride_batch + tile.head * problem.o_stride_head +
                      row * problem.o_stride_row;

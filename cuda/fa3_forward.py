@@ -37,7 +37,6 @@ class Config:
     head_dim: int
     consumers: int  # warpgroups of 64 query rows
     block_k: int
-    pingpong: bool
     producer_registers: int
     consumer_registers: int
     query_stages: int = 2
@@ -61,12 +60,12 @@ class Config:
 
 # (head_dim, causal) -> tile. Registers: (1 x producer + consumers x consumer) x 128 must not exceed what the block has.
 CONFIGS = {
-    (64, False): Config(64, 3, 96, True, 32, 160),
-    (64, True): Config(64, 3, 96, True, 32, 160),
-    (128, False): Config(128, 2, 128, True, 24, 240),
-    (128, True): Config(128, 2, 128, True, 24, 240),
-    (256, False): Config(256, 2, 64, True, 24, 240, query_stages=1),
-    (256, True): Config(256, 2, 64, True, 24, 240, query_stages=1),
+    (64, False): Config(64, 3, 96, 32, 160),
+    (64, True): Config(64, 3, 96, 32, 160),
+    (128, False): Config(128, 2, 128, 24, 240),
+    (128, True): Config(128, 2, 128, 24, 240),
+    (256, False): Config(256, 2, 64, 24, 240, query_stages=1),
+    (256, True): Config(256, 2, 64, 24, 240, query_stages=1),
 }
 HEAD_DIMS = tuple(sorted({head_dim for head_dim, _ in CONFIGS}))
 
@@ -101,7 +100,6 @@ def compile_config(
         "FA_QUERY_STAGES": config.query_stages,
         "FA_CAUSAL": int(causal),
         "FA_BF16": int(dtype == torch.bfloat16),
-        "FA_PINGPONG": int(config.pingpong),
         "FA_PRODUCER_REGISTERS": config.producer_registers,
         "FA_CONSUMER_REGISTERS": config.consumer_registers,
     }
