@@ -119,6 +119,8 @@ class Agent:
 
     def start(self, role: Coroutine) -> None:
         """Take on a role. `steps` goes through it, stopping where the warpgroup has to wait."""
+        if not isinstance(role, Coroutine):
+            raise TypeError(f"the role of {self.name} returned {role!r}; a role is an `async def` function of wg")
         self.steps, self.close = role.__await__(), role.close
 
     async def sleep_until(self, time: float) -> None:

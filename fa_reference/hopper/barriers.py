@@ -16,7 +16,8 @@ class Mbarrier:
 
     BYTES = 8
 
-    def __init__(self, name: str, count: int) -> None:
+    def __init__(self, name: str, count: int, users: set[str] | None = None) -> None:
+        """users: filled with whoever arrives; the barriers of one ring share it, so that one can say who is missing."""
         if not 1 <= count < 2**20:
             raise ValueError(f"count of mbarrier {name} is {count}; allowed: 1 to 2^20 - 1")
         self.name, self.count = name, count
@@ -25,7 +26,7 @@ class Mbarrier:
         self.tx = 0
         self.arrived: list[str] = []  # in this phase
         self.arrived_before: list[str] = []  # in the phase before
-        self.ever_arrived: set[str] = set()
+        self.users = set() if users is None else users
         self.observed = -1  # the last phase that any warpgroup has seen complete
         self.released: set[Fact] = set()  # what a waiter learns
         self._gathered: set[Fact] = set()  # what those who arrived in this phase knew
@@ -54,7 +55,7 @@ class Mbarrier:
         self.tx += tx
         self.pending -= 1
         self.arrived.append(who)
-        self.ever_arrived.add(who)
+        self.users.add(who)
         self._gathered |= facts
         self._advance(where)
 
@@ -94,7 +95,7 @@ class Mbarrier:
         """What the phase in progress still lacks, in words."""
         parts = []
         if self.pending:
-            others = sorted(self.ever_arrived - set(self.arrived))
+            others = sorted(self.users - set(self.arrived))
             who = f"; not yet: {', '.join(others)}" if others else "" if self.arrived else "; nobody ever arrived"
             came = f" ({', '.join(self.arrived)} arrived{who})" if self.arrived else f" ({who[2:]})" if who else ""
             parts.append(f"{self.pending} of {self.count} arrivals{came}")

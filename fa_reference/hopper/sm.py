@@ -120,9 +120,10 @@ class SM:
         return self.shared.allocate(name, shape, dtype)
 
     def mbarrier(self, name: str, count: int) -> Mbarrier:
-        """mbarrier.init with an arrival count."""
+        """mbarrier.init with an arrival count. Barriers of one ring are named full[0], full[1], ..."""
         self.shared.take(Mbarrier.BYTES, name)
-        self.mbarriers.append(Mbarrier(name, count))
+        users = next((m.users for m in self.mbarriers if m.name.split("[")[0] == name.split("[")[0]), None)
+        self.mbarriers.append(Mbarrier(name, count, users))
         return self.mbarriers[-1]
 
     def named_barrier(self, id: int) -> NamedBarrier:
@@ -245,7 +246,7 @@ class SM:
                     what = f"asks mbarrier {mbarrier.name} for parity {phase % 2}, which is that of phase {phase}, and "
                     what += f"has not seen phase {phase - 1} (parity {(phase - 1) % 2}), which is complete"
                     raise WrongParity("\n  ".join([what, *waits]), **wg.where(mbarrier.name))
-        if not any(mbarrier.ever_arrived for mbarrier in self.mbarriers):
+        if self.mbarriers and not any(mbarrier.users for mbarrier in self.mbarriers):
             waits.append(
                 "Nobody ever arrived anywhere. (All buffers are free at the start: a wait for that has parity 1)"
             )

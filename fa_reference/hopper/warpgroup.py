@@ -108,7 +108,7 @@ class Warpgroup(Copies):
         if mbarrier.phase - 1 > seen + 1:
             raise MissedPhase(
                 f"phases up to {mbarrier.phase - 1} of mbarrier {mbarrier.name} are complete, and {self.name} has not "
-                f"seen phase {seen + 1} (completed by {', '.join(sorted(mbarrier.ever_arrived))})",
+                f"seen phase {seen + 1} (completed by {', '.join(sorted(mbarrier.users))})",
                 **self.where(mbarrier.name),
             )
         await self.wait_for(

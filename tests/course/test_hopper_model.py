@@ -636,6 +636,21 @@ def test_a_deadlock_says_who_waits_for_whom_since_when():
     assert consumer.startswith("consumer, iteration 0: waits since cycle 4 for full phase 0") and "parity 1" in hint
 
 
+def test_a_deadlock_names_the_consumer_that_did_not_release():
+    source = inspect.getsource(warp_specialised)
+    release = "await tiles.V.release(wg, j)"
+    forgetful = ModuleType("forgetful")
+    exec(source.replace(release, f"if w == 0 or j != 1:\n                {release}"), forgetful.__dict__)
+    with pytest.raises(Deadlock, match="1 of 2 arrivals .consumer 0 arrived; not yet: consumer 1.") as caught:
+        check(forgetful, Case(len_q=128, len_k=1000, dtype="float16"))
+    assert (caught.value.warpgroup, caught.value.iteration, caught.value.buffer) == ("producer", 3, "V_empty[1]")
+
+
+def test_a_role_must_be_a_coroutine():
+    with pytest.raises(TypeError, match="async def"):
+        SM().run({"worker": lambda wg: None})
+
+
 def test_without_checks_the_model_goes_on_as_hardware_would():
     def run(check):
         sm = SM(check=check)
