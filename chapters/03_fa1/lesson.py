@@ -100,7 +100,7 @@ for name, size in moved.items():
 print(f"sum: {naive_memory.traffic_bytes:,} bytes; formula of chapter 1: {naive_hbm_bytes(n, n, d, 4):,}")
 
 # %% [markdown]
-# At $N = 512$ already, S and P are nine tenths of the traffic; they grow with $N^2$ and the rest with $N$. On an H100
+# At $N = 512$ already, S and P are nine tenths of the traffic; they grow with $N^2$ and the rest with $N$. On a GPU
 # this is what a memory-bound kernel looks like (recorded on a real card, if this copy of the course has results):
 
 # %%
@@ -501,7 +501,7 @@ want = torch.nn.functional.scaled_dot_product_attention(*(t.double() for t in (q
 print(f"bf16, causal, N = 100: largest error against float64 {(o16 - want).abs().max():.1e}")
 
 # %% [markdown]
-# ## 9. What an H100 says
+# ## 9. What the GPU says
 #
 # Bytes first. Counted for the Triton kernel ($B_c = 2d$, 16-bit Q, K, V; O, l, m in float32) against naive attention
 # with 16-bit scores, which moves at least $8 N^2$ bytes a head:
@@ -537,7 +537,9 @@ recorded_table(["explicit", "fa1_triton", "fa2_triton", "torch_fa2"], head_dim=1
 # ### Where the speed goes
 #
 # One program per (batch, head). An H100 has 132 SMs; a program runs on one of them. With 16 heads, 116 SMs watch. The
-# paper's grid at long sequences is exactly this case: 16k tokens in all means batch 1 at $N = 16{,}384$.
+# paper's grid at long sequences is exactly this case: 16k tokens in all means batch 1 at $N = 16{,}384$. Go back to the
+# table: as $N$ doubles, the number of programs halves. From which $N$ on does the speed halve, too, and how many
+# programs are that?
 
 # %%
 sms = H100.sms

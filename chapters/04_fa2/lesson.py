@@ -283,6 +283,7 @@ for ax, (len_q, len_k, b_r, b_c) in zip(axes, shapes):
     )
     ax.set_xlabel("block of keys")
     ax.grid(False)
+    ax.yaxis.get_major_locator().set_params(integer=True)
 axes[0].set_ylabel("block of queries")
 figure.suptitle("blue: no mask; orange: masked; grey: skipped")
 plt.show()
@@ -387,8 +388,9 @@ ax.legend(loc="upper left", ncols=2)
 plt.show()
 
 # %% [markdown]
-# With a causal mask the programs are not equally long: the last block of queries sees 128 blocks of keys, the first
-# one. Programs start in the order of their numbers, each on the next SM that is free. What if the long ones come last?
+# With a causal mask the programs are not equally long: the last block of queries sees 128 blocks of keys, the
+# first sees 1. Programs start in the order of their numbers, each on the next SM that is free. What if the long ones
+# come last?
 
 # %%
 
@@ -495,7 +497,7 @@ for target, card in (("sm_90", "H100"), ("gfx942", "MI300X")):
 # (Compiled, not run: this course has no AMD card. Before Hopper the descriptors become pointers, which is correct but
 # not tuned; the block sizes in the file were chosen by timing a few dozen on one H200.)
 #
-# ## 10. What an H100 says
+# ## 10. What the GPU says
 
 # %%
 columns = ["explicit", "fa1_triton", "fa2_triton", "torch_fa2", "cudnn"]

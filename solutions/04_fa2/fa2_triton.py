@@ -148,6 +148,15 @@ def fa2_kernel(
     # END SOLUTION
 
 
+def launch_grid(batch: int, heads_q: int, len_q: int, block_q: int, causal: bool) -> tuple[int, ...]:
+    """How many programs to launch along each axis of tl.program_id (up to three); axis 0 counts up fastest."""
+    # BEGIN SOLUTION: return the number of programs along each axis: one per block of queries, query head and batch
+    #: element. If causal, which axis should count fastest, so that the programs with the most keys start first?
+    blocks = triton.cdiv(len_q, block_q)
+    return (heads_q, blocks, batch) if causal else (blocks, heads_q, batch)
+    # END SOLUTION
+
+
 def descriptor(x: Tensor, block: int) -> TensorDescriptor:
     """A descriptor of x (B, H, N, d) for tiles of `block` rows of one head.
 
@@ -186,13 +195,8 @@ def forward(
     if len_k == 0:  # a descriptor cannot describe an empty tensor
         return o.zero_(), lse.fill_(-torch.inf)
     config = config_for(head_dim, q.device)
-    # BEGIN SOLUTION: choose the grid: one program per block of queries, query head and batch element. If causal, which
-    #: axis should run fastest, so that the programs with the most keys start first?
-    blocks = triton.cdiv(len_q, config.block_q)
-    grid = (heads_q, blocks, batch) if causal else (blocks, heads_q, batch)
-    # END SOLUTION
     with on_device_of(q):
-        fa2_kernel[grid](
+        fa2_kernel[launch_grid(batch, heads_q, len_q, config.block_q, causal)](
             descriptor(q, config.block_q),
             descriptor(k, config.block_k),
             descriptor(v, config.block_k),
