@@ -402,9 +402,7 @@ __device__ __forceinline__ void consume(Shared& shared, const int consumer, u16*
                 step(False{}, other_p, p);
             }
         }
-        // The last S is done, so Q may be overwritten, and all lanes have read the tile.
-        __syncwarp();
-        if (lane == 0) mbarrier_arrive(&shared.q_empty[q_slot]);
+        mbarrier_arrive(&shared.q_empty[q_slot]);  // the last S is done and this thread has read the tile
         ++q_cursor.count;
         if (key_blocks > 0) {
             mbarrier_wait(&shared.v_full[v_cursor.slot()], v_cursor.parity(), V_FULL, 0);
@@ -442,12 +440,12 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1)
     if (threadIdx.x == 0) {
         for (int slot = 0; slot < kQueryStages; ++slot) {
             mbarrier_init(&shared.q_full[slot], 1);
-            mbarrier_init(&shared.q_empty[slot], 4 * kConsumers);  // one arrival a warp
+            mbarrier_init(&shared.q_empty[slot], 128 * kConsumers);  // every consumer thread: each reads `tile`
         }
         for (int slot = 0; slot < kStages; ++slot) {
             mbarrier_init(&shared.k_full[slot], 1);
             mbarrier_init(&shared.v_full[slot], 1);
-            mbarrier_init(&shared.k_empty[slot], kConsumers);
+            mbarrier_init(&shared.k_empty[slot], kConsumers);  // one thread for its warpgroup
             mbarrier_init(&shared.v_empty[slot], kConsumers);
         }
         mbarrier_init_fence();
