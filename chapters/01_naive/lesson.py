@@ -522,14 +522,27 @@ columns = ("naive", "explicit", "math", "torch_fa2")
 if record is None:
     print("Not recorded yet. On a machine with an NVIDIA GPU, `make bench` measures and records it.")
 else:
+    from fa_reference.bench.roofline import data_sheet
+
+    device = data_sheet(record)
     titles = {c["name"]: c["title"] for c in record["columns"] if c["name"] in columns}
     print(f"{record['provenance']['device']}, {record['provenance']['date'][:10]}: TFLOP/s forward, bf16, not causal\n")
-    print("  d      N " + "".join(f"{title[:24]:>26s}" for title in titles.values()))
+    print("  d      N " + "".join(f"{title[:20]:>20s}" for title in titles.values()) + "   bound of three kernels")
+    explicit = {}
     for cell in record["cells"]:
-        if cell["group"] == "paper" and not cell["causal"] and cell["dtype"] == "bf16":
-            entries = [cell["results"].get(name, {}) for name in titles]
-            texts = [f"{e['tflops']:.0f}" if "tflops" in e else e.get("status", "-") for e in entries]
-            print(f"{cell['head_dim']:3d} {cell['len_q']:6d} " + "".join(f"{text:>26s}" for text in texts))
+        if cell["group"] != "paper" or cell["causal"] or cell["dtype"] != "bf16":
+            continue
+        dim, n = cell["head_dim"], cell["len_q"]
+        entries = [cell["results"].get(name, {}) for name in titles]
+        texts = [f"{e['tflops']:.0f}" if "tflops" in e else e.get("status", "-") for e in entries]
+        bound = "-"
+        if device is not None:
+            intensity = naive.attention_flops(n, n, dim) / naive.naive_hbm_bytes(n, n, dim, 2)
+            bound = f"{naive.attainable_tflops(intensity, device.tflops_16bit, device.hbm_tb_s):.0f}"
+        explicit[dim, n] = cell["results"].get("explicit", {}).get("tflops", 0.0)
+        print(f"{dim:3d} {n:6d} " + "".join(f"{text:>20s}" for text in texts) + f"{bound:>25s}")
+    reached = [f"d {dim}, N {n}" for (dim, n), speed in explicit.items() if speed >= 200]
+    print(f"\nexplicit 16-bit attention reaches 200 TFLOP/s in {len(reached)} of {len(explicit)} shapes:", *reached)
 
 # %%
 if record is None:
@@ -550,10 +563,13 @@ else:
         print("The recorded run has no timed cell with d 128, N 4096.")
 
 # %% [markdown]
-# Which column is which: `naive` is the file of this chapter. `explicit` is the three 16-bit kernels of the formula:
-# matrix product, `torch.softmax`, matrix product. `math` is PyTorch's own unfused attention, which works in float32
-# inside and therefore measures the cost of that as much as of the bytes. `torch_fa2` is what chapter 4 ends with.
-# Compare `explicit` with the bounds above before you believe a number for "standard attention".
+# Which column is which: `explicit 16-bit` is the three kernels of the formula, a matrix product, `torch.softmax`, a
+# matrix product, all in 16 bits. Its bound is the roofline's, with the bandwidth of this card's data sheet (an H200
+# is an H100 with faster memory), so read the told "200-400 TFLOP/s" against these two columns. `naive` is the file of
+# this chapter: it makes three times as many trips, in float32, and multiplies in float32, outside the tensor cores.
+# (In the figure its bytes are those of three kernels; by all its trips its point would lie three to four times
+# further left.) `torch math` is PyTorch's own unfused attention, which also works in float32 inside. `FA2` never
+# stores $S$ or $P$; it is where chapter 4 ends.
 #
 # ## What to add next
 #

@@ -416,19 +416,35 @@ for passes, moved in sizes.items():
 # %%
 record = recorded("forward")
 columns = ("naive", "online_softmax", "explicit", "torch_fa2")
+
+
+def print_times(record, group, causal):
+    titles = {c["name"]: c["title"] for c in record["columns"] if c["name"] in columns}
+    print("batch heads   d      N " + "".join(f"{title[:20]:>20s}" for title in titles.values()))
+    for cell in record["cells"]:
+        if (cell["group"], cell["causal"], cell["dtype"]) == (group, causal, "bf16"):
+            entries = [cell["results"].get(name, {}) for name in titles]
+            texts = [f"{e['median_ms']:.2f}" if "median_ms" in e else e.get("status", "-") for e in entries]
+            shape = f"{cell['batch']:5d} {cell['heads_q']:5d} {cell['head_dim']:3d} {cell['len_q']:6d} "
+            print(shape + "".join(f"{text:>20s}" for text in texts))
+
+
 if record is None:
     print("Not recorded yet. On a machine with an NVIDIA GPU, `make bench` measures and records it.")
 else:
-    titles = {c["name"]: c["title"] for c in record["columns"] if c["name"] in columns}
-    print(f"{record['provenance']['device']}, {record['provenance']['date'][:10]}: ms forward, bf16, not causal\n")
-    print("  d      N " + "".join(f"{title[:24]:>26s}" for title in titles.values()))
-    for cell in record["cells"]:
-        if cell["group"] == "paper" and not cell["causal"] and cell["dtype"] == "bf16":
-            entries = [cell["results"].get(name, {}) for name in titles]
-            texts = [f"{e['median_ms']:.2f}" if "median_ms" in e else e.get("status", "-") for e in entries]
-            print(f"{cell['head_dim']:3d} {cell['len_q']:6d} " + "".join(f"{text:>26s}" for text in texts))
+    print(
+        f"{record['provenance']['device']}, {record['provenance']['date'][:10]}: ms forward, bf16; oom = out of memory"
+    )
+    print("\nthe paper's grid, not causal")
+    print_times(record, "paper", causal=False)
+    print("\nLlama-3-8B prefill (32 query heads, 8 KV heads), causal")
+    print_times(record, "llama", causal=True)
 
 # %% [markdown]
+# Look for the longest sequence in the second table: where a version runs out of memory, and which one of this chapter
+# and the last it is. Then look at the times: a kernel that never stores $S$ (the last column) does the same
+# arithmetic in a small part of them.
+#
 # ## What to add next
 #
 # Keep a block's state on the chip. That needs a tile of $Q$, a tile of $K$ and $V$, and room for their scores, all in

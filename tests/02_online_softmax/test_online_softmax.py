@@ -12,6 +12,7 @@ from torch import Tensor
 
 from fa_reference.grading import CheckFailed, check, properties
 from fa_reference.grading.answer import ATTENTION
+from fa_reference.grading.check import NotWritten
 from fa_reference.grading.properties import close, fresh_seed
 from fa_reference.inputs import Case
 
@@ -134,7 +135,10 @@ def test_empty(answer):
 def test_first_block(answer):
     seed = fresh_seed()
     scores, values = torch.tensor([[4.0, 10.0]]), torch.tensor([[1.0], [2.0]])
-    same(update(answer, empty((1,), 1), scores, values), exact(scores, values), "scores [4, 10], values [1], [2]")
+    expected = exact(scores, values)
+    divided = expected._replace(acc=expected.acc / expected.l[..., None])
+    bugs = {"acc is divided by l: this state keeps it unnormalised": divided}
+    same(update(answer, empty((1,), 1), scores, values), expected, "scores [4, 10], values [1], [2]", bugs)
     for rows, keys, d in ((1, 1, 1), (3, 5, 4)):
         scores, values = random_block(rows, keys, d, seed)
         new = update(answer, empty((rows,), d), scores - 20, values)
@@ -351,9 +355,9 @@ def test_bytes(answer):
 @check("forward: ragged tail", points=1)
 def test_ragged_tail(answer):
     seed = fresh_seed()
-    cases = [Case(len_q=2, len_k=n, head_dim=8, seed=seed) for n in (4, 1, 5, 7)]
+    cases = [Case(len_q=2, len_k=n, head_dim=8, seed=seed) for n in (16, 17, 23, 5)]
     bug = "the last block holds fewer keys than block_k: they are all needed, and nothing beyond them"
-    properties.attention(answer, FILE, cases, bug=bug, block_k=4, forbid=FORBIDDEN)
+    properties.attention(answer, FILE, cases, bug=bug, block_k=16, forbid=FORBIDDEN)
     cases = [Case(len_q=3, len_k=n, batch=2, heads_q=2, heads_kv=2, layout="padded", seed=seed) for n in (128, 200)]
     properties.attention(answer, FILE, cases, bug=bug, forbid=FORBIDDEN)
 
@@ -361,10 +365,17 @@ def test_ragged_tail(answer):
 @check("forward: block size does not change the answer", points=1)
 def test_block_size(answer):
     seed = fresh_seed()
-    variants = [{"block_k": n, "forbid": FORBIDDEN} for n in (16, 1, 7, 64, 1000)]
-    properties.same_answer(answer, FILE, Case(len_q=3, len_k=37, head_dim=16, seed=seed), variants)
-    case = Case(len_q=9, len_k=70, head_dim=32, kind="rising", causal=True, seed=seed)
-    properties.same_answer(answer, FILE, case, variants)
+    cases = [
+        Case(len_q=3, len_k=37, head_dim=16, seed=seed),
+        Case(len_q=9, len_k=70, head_dim=32, kind="rising", causal=True, seed=seed),
+    ]
+    for block_k in (16, 1, 7, 64, 1000):
+        try:
+            properties.attention(answer, FILE, cases, block_k=block_k, forbid=FORBIDDEN)
+        except NotWritten:
+            raise
+        except CheckFailed as failure:
+            raise CheckFailed(f"with block_k = {block_k}: {failure}") from None
 
 
 @check("forward: large and shifted scores", points=1)
