@@ -52,7 +52,7 @@ def show_next_hint(number: int, *, function: str | None = None, reset: bool = Fa
     It is for `function`, or else for the first exercise that is still open (or, with all written, has hints left).
     `reset` starts over with the first hint.
     """
-    console = Console()
+    console = Console(highlight=False)
     try:
         where = chapter(number)
     except ValueError as error:
@@ -67,7 +67,7 @@ def show_next_hint(number: int, *, function: str | None = None, reset: bool = Fa
         chosen = next((e for e in exercises if e.function == function), None)
         if chosen is None:
             names = ", ".join(e.function for e in exercises)
-            console.print(f"no hints for {function!r}; the exercises of chapter {number} are {names}")
+            console.print(f"no hints for {function!r}; the exercises of chapter {number} are {names}", soft_wrap=True)
             return 2
     else:
         left = [e for e in exercises if shown.get(f"{e.file}:{e.function}", 0) < 3]
