@@ -1,6 +1,7 @@
 // Debug build (-DFA_DEBUG): every mbarrier wait is bounded. The first waiter whose time is up writes down who it is and
 // what it waits for; from then on all waits give up at once, so the kernel runs to its end with a useless result
-// instead of hanging, and the host can read the record. Release builds contain none of this.
+// instead of hanging, and the host can read the record. Release builds contain none of this. Not bounded: named barriers
+// (the hardware has no wait with a limit for them); a hang in one needs a time limit outside.
 #pragma once
 #include "base.cuh"
 
