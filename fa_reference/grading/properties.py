@@ -20,13 +20,17 @@ def fresh_seed() -> int:
 
 
 def close(actual: Tensor, expected: Tensor, what: str, *, tolerance: float = 1e-5) -> None:
-    """CheckFailed naming the first wrong element unless |actual - expected| <= tolerance x max(1, |expected|)."""
+    """CheckFailed naming the first wrong element unless |actual - expected| <= tolerance x max(1, |expected|).
+
+    Where `expected` is infinite, so must `actual` be.
+    """
     if not isinstance(actual, Tensor):
         raise CheckFailed(f"{what} must be a torch.Tensor; it is a {type(actual).__name__}")
     if actual.shape != expected.shape:
         raise CheckFailed(f"{what} must have shape {tuple(expected.shape)}; it has {tuple(actual.shape)}")
     a, e = actual.double(), expected.double()
-    wrong = ~((a == e) | ((a - e).abs() <= tolerance * e.abs().clamp(min=1)))
+    near = e.isfinite() & ((a - e).abs() <= tolerance * e.abs().clamp(min=1))
+    wrong = ~((a == e) | near)
     if wrong.any():
         index = tuple(wrong.nonzero()[0].tolist())
         count = f"{int(wrong.sum())} of {wrong.numel()} elements are wrong"
@@ -82,7 +86,7 @@ def same_answer(
 ) -> None:
     """Every set of keyword arguments (block sizes, say) must keep the error rule on the same case."""
     for variant in variants:
-        words = ", ".join(f"{k}={v}" for k, v in variant.items())
+        words = ", ".join(f"{k}={v}" for k, v in variant.items() if k != "forbid")
         try:
             attention(answer, file, [case], device=device, **variant)
         except NotWritten:

@@ -9,11 +9,12 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 
 from fa_reference.course import ROOT, chapter
 from fa_reference.grading.answer import Answer, Workshop
 from fa_reference.grading.check import CheckFailed
-from fa_reference.grading.properties import attention
+from fa_reference.grading.properties import attention, close
 from fa_reference.inputs import Case
 from fa_reference.stubs import write_stubs
 
@@ -235,6 +236,18 @@ def test_a_missing_file_and_a_broken_file_fail_without_a_traceback(tmp_path):
     done = run("check", 1, "--impl", tmp_path)
     assert done.returncode == 1 and "half_edited(:" in done.stdout
     assert "Traceback" not in done.stdout + done.stderr
+
+
+def test_close_names_the_first_wrong_element_and_takes_no_number_for_infinity():
+    expected = torch.tensor([1.0, -torch.inf])
+    close(expected.clone(), expected, "lse")
+    with pytest.raises(CheckFailed, match=r"lse: 1 of 2 elements are wrong; at \[1\] it is -5, not -inf"):
+        close(torch.tensor([1.0, -5.0]), expected, "lse")
+
+
+def test_a_change_inside_a_tuple_is_seen(ask):
+    with pytest.raises(CheckFailed, match="changed its input number 1 in place"):
+        ask("def f(pair):\n    pair[1].add_(1)\n    return 0", (X, X.clone()))
 
 
 def test_an_endless_loop_ends(workshop, tmp_path):
