@@ -1,11 +1,10 @@
 """What lessons share: whose code they run, how figures look, and the recorded GPU results."""
 
-import json
-from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from fa_reference.course import ROOT, chapter
+from fa_reference.bench.record import newest
+from fa_reference.course import chapter
 from fa_reference.grading.progress import passes
 from fa_reference.versions import load_file
 
@@ -21,6 +20,7 @@ COLOURS = {
     "math": "#000000",
     "torch_fa2": "#56B4E9",
     "cudnn": "#009E73",
+    "fa3_forward": "#332288",
     "fa3": "#882255",
     "fa4": "#44AA99",
 }
@@ -64,10 +64,10 @@ def style() -> None:
     )
 
 
-def recorded(kind: str, folder: Path | None = None) -> dict[str, Any] | None:
-    """The newest recorded results of a kind ("forward", "hbm_bytes", ...): results/KIND_*.json; None if there are none.
+def recorded(kind: str) -> dict[str, Any] | None:
+    """The newest recorded results of a kind ("forward", "hbm_bytes", ...) in results/; None if there are none.
 
-    The newest is the one with the latest date in its provenance.
+    Complete runs come first, then the latest day, then the run with the most shapes.
     """
-    found = [json.loads(p.read_text(encoding="utf-8")) for p in (folder or ROOT / "results").glob(f"{kind}_*.json")]
-    return max(found, key=lambda r: r["provenance"]["date"], default=None)
+    found = newest(kind)
+    return found[1] if found else None

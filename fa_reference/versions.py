@@ -6,24 +6,31 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
 
-from fa_reference.course import chapter
+from fa_reference.course import ROOT, chapter
 
 
 @dataclass(frozen=True)
 class Version:
     """One attention of the course: the file that defines its `forward`, and what that accepts.
 
+    chapter: None for the finished kernels in cuda/, which are no exercise.
     devices: where it runs at all ("cpu" for Triton versions means: in the interpreter, on small inputs only).
-    head_dims: None for any.
+    head_dims: None for any. hopper: needs an H100 or H200.
     """
 
     name: str
-    chapter: int
+    chapter: int | None
     file: str
     title: str
     devices: tuple[str, ...]
     dtypes: tuple[str, ...]
     head_dims: tuple[int, ...] | None = None
+    hopper: bool = False
+
+    @property
+    def home(self) -> Path:
+        """The folder that holds the course's own file."""
+        return ROOT / "cuda" if self.chapter is None else chapter(self.chapter).solution
 
 
 ANY_FLOAT = ("float32", "float16", "bfloat16")
@@ -38,6 +45,7 @@ VERSIONS = {
         Version("fa1_triton", 3, "fa1_triton.py", "FA1, Triton", ("cpu", "cuda"), HALF, (64, 128)),
         Version("fa2_tiled", 4, "fa2_tiled.py", "FA2, counted in Python", ("cpu",), ANY_FLOAT),
         Version("fa2_triton", 4, "fa2_triton.py", "FA2, Triton", ("cpu", "cuda"), HALF, (64, 128, 256)),
+        Version("fa3_forward", None, "fa3_forward.py", "FA3, CUDA", ("cuda",), HALF, (64, 128, 256), hopper=True),
     )
 }
 
@@ -59,14 +67,20 @@ def load_file(path: Path) -> ModuleType:
     return module
 
 
-def load_version(name: str, root: Path | None = None) -> ModuleType:
-    """The module of a version: from the solutions, or from `root`, a folder that holds a chapter's files.
+def find_version(version: Version, root: Path) -> Path | None:
+    """Where a learner's folder (one chapter's files, or all chapters' folders) keeps a version; None if it does not."""
+    if version.chapter is None:
+        return None
+    nested = Path(root) / chapter(version.chapter).folder / version.file
+    return next((path for path in (nested, Path(root) / version.file) if path.is_file()), None)
 
-    `root` may be one chapter's folder or a folder with all chapters' folders in it. KeyError for an unknown name.
+
+def load_version(name: str, root: Path | None = None) -> ModuleType:
+    """The module of a version: the course's own, or the one in `root`, a folder of a learner's.
+
+    KeyError for an unknown name, FileNotFoundError if the folder does not hold it.
     """
     version = VERSIONS[name]
-    where = chapter(version.chapter)
     if root is None:
-        return load_file(where.solution / version.file)
-    nested = Path(root) / where.folder / version.file
-    return load_file(nested if nested.is_file() else Path(root) / version.file)
+        return load_file(version.home / version.file)
+    return load_file(find_version(version, root) or Path(root) / version.file)

@@ -6,10 +6,11 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
 from torch import Tensor
 
 from fa_reference.bench.grid import DTYPES, Cell
-from fa_reference.versions import VERSIONS, Version, load_version
+from fa_reference.versions import VERSIONS, Version, find_version, load_version
 
 Output = tuple[Tensor, Tensor | None]
 # bind(q, k, v, causal) does what must not be timed, and returns the launch and a remark for the record.
@@ -81,14 +82,8 @@ def _contender(version: Version, root: Path | None) -> Contender:
     )
 
 
-def find_file(version: Version, root: Path) -> Path | None:
-    """Where a learner's folder (all chapters, or one chapter's files) keeps a version; None if it does not."""
-    from fa_reference.course import chapter
-
-    for path in (root / chapter(version.chapter).folder / version.file, root / version.file):
-        if path.is_file():
-            return path
-    return None
+def _not_hopper() -> bool:
+    return not torch.cuda.is_available() or torch.cuda.get_device_capability()[0] != 9
 
 
 def course_contenders(
@@ -100,7 +95,7 @@ def course_contenders(
     or when `impl` holds no version that could run.
     """
     wanted = set(names)
-    runnable = {name: v for name, v in VERSIONS.items() if device in v.devices}
+    runnable = {name: v for name, v in VERSIONS.items() if device in v.devices and not (v.hopper and _not_hopper())}
     known = set(VERSIONS) | ({f"mine:{name}" for name in VERSIONS} if impl else set())
     if unknown := wanted - known:
         raise ValueError(
@@ -114,26 +109,17 @@ def course_contenders(
         if wanted and not wanted & {name, mine}:
             continue
         if name not in runnable:
-            remarks.append(f"{name} is left out: it does not run on {device}")
+            where = "a GPU other than Hopper" if VERSIONS[name].hopper and device == "cuda" else device
+            remarks.append(f"{name} is left out: it does not run on {where}")
             continue
         version = runnable[name]
         if not wanted or name in wanted:
-            if find_file(version, version_root(version)) is None:
-                remarks.append(f"{name} is left out: its solution {version.file} does not exist")
-            else:
-                contenders.append(_contender(version, None))
-        if impl is not None and (not wanted or wanted & {name, mine}):
-            if find_file(version, impl) is None:
+            contenders.append(_contender(version, None))
+        if impl is not None and version.chapter is not None and (not wanted or wanted & {name, mine}):
+            if find_version(version, impl) is None:
                 remarks.append(f"{mine} is left out: {impl} has no {version.file}")
             else:
                 contenders.append(_contender(version, impl))
     if impl is not None and not any(c.group == "mine" for c in contenders):
         raise ValueError(f"impl: {impl} holds no version that runs on {device}; looked for chapter folders and files")
     return contenders, remarks
-
-
-def version_root(version: Version) -> Path:
-    """The folder of a version's solution."""
-    from fa_reference.course import chapter
-
-    return chapter(version.chapter).solution

@@ -26,6 +26,7 @@ MARKERS = {
     "math": "+",
     "torch_fa2": "^",
     "cudnn": "P",
+    "fa3_forward": "h",
     "fa3": "*",
     "fa4": "X",
 }

@@ -17,8 +17,8 @@ def legend(record: dict) -> str:
     settings = record["settings"]
     parts = [
         f"Measured on {where_and_when(record)}: TFLOP/s, median of {settings['rounds']} interleaved rounds.",
-        "In parentheses: RMS error over the largest that the error rule allows (1.00 = the limit); ! marks a library "
-        "kernel above it, which is timed but not graded.",
+        "In parentheses: error over the largest that the error rule allows, RMS or maximum, whichever is worse (1.00 = "
+        "the limit); ! marks a library kernel above it, which is timed but not graded.",
     ]
     for dtype, ceilings in record["ceilings"].items():
         if dtype != "copy" and ceilings:
@@ -32,7 +32,7 @@ def legend(record: dict) -> str:
 
 def error_ratio(result: dict) -> str:
     """Error over allowed error, as text."""
-    ratio = (result.get("error") or {}).get("rms_ratio")
+    ratio = (result.get("error") or {}).get("ratio")
     if ratio is None or ratio != ratio:
         return "not finite"
     return f"{ratio:.2f}" if ratio >= 0.1 else f"{ratio:.1g}"
