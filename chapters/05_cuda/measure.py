@@ -2,9 +2,9 @@
 
     python chapters/05_cuda/measure.py [--impl FOLDER] [--rounds 9]
 
-Setting of the FlashAttention papers: 16k tokens in all, hidden size 2048, bf16, stored (batch, len, heads, d). All columns
-of a row come from the same rounds: slices of about 8 ms in shuffled order, a spin of about 1 ms before each, so that the
-host has queued every launch; medians. Writes recorded/steps_<GPU>.json beside this file, which the lesson shows.
+Setting of the FlashAttention papers: 16k tokens in all, hidden size 2048, bf16, stored (batch, len, heads, d). All
+columns of a row come from the same rounds: slices of about 8 ms in shuffled order, a spin of about 1 ms before each, so
+that the host has queued every launch; medians. Writes recorded/steps_<GPU>.json beside this file: the lesson shows it.
 """
 
 import argparse
