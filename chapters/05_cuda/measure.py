@@ -9,10 +9,13 @@ that the host has queued every launch; medians. Writes recorded/steps_<GPU>.json
 
 import argparse
 import json
+import multiprocessing
+import os
 import random
 import statistics
 import sys
 from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -71,6 +74,11 @@ def race(calls: dict[str, Callable[[], object]], rounds: int) -> dict[str, float
     return {name: statistics.median(t) for name, t in times.items()}
 
 
+def compile_step(file: Path, step: str, head_dim: int, causal: bool) -> None:
+    """Compile one kernel into the cache; also runs in other processes."""
+    load_file(file).build(step, head_dim, torch.bfloat16, causal)
+
+
 def main() -> None:
     """Measure, print and record."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -79,6 +87,10 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=HERE / "recorded")
     arguments = parser.parse_args()
     module = load_file(arguments.impl / "fa2_cuda.py")
+    with ProcessPoolExecutor(min(8, os.cpu_count() or 1), multiprocessing.get_context("spawn")) as pool:
+        builds = [(s, d, c) for s in STEPS for d in (64, 128) for c in (False, True)]
+        for build in [pool.submit(compile_step, arguments.impl / "fa2_cuda.py", *b) for b in builds]:
+            build.result()
     rows = []
     for length in LENGTHS:
         for head_dim in (64, 128):

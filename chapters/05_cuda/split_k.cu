@@ -47,7 +47,7 @@ __device__ __forceinline__ void ldmatrix_x4(u32 (&r)[4], u32 address) {
     asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
                  : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3]) : "r"(address) : "memory");
 }
-// The same, but every 8 x 8 matrix arrives transposed: lane l receives rows 2 (l % 4) and 2 (l % 4) + 1 of column l / 4.
+// The same, but every 8 x 8 matrix arrives transposed: lane l gets rows 2 (l % 4) and 2 (l % 4) + 1 of column l / 4.
 __device__ __forceinline__ void ldmatrix_x4_transposed(u32 (&r)[4], u32 address) {
     asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
                  : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3]) : "r"(address) : "memory");
@@ -102,8 +102,8 @@ __device__ __forceinline__ u32 chunk_offset(int row, int chunk) {
 
 // ---- global -> shared -----------------------------------------------------------------------------------------------
 
-// Rows first .. first + ROWS of one head. Rows from `len` on repeat the last one: their scores are masked, their outputs
-// not stored, and so they need only be finite and readable.
+// Rows first .. first + ROWS of one head. Rows from `len` on repeat the last one: their scores are masked, their
+// outputs not stored, and so they need only be finite and readable.
 template <int ROWS>
 __device__ __forceinline__ void load_tile(u32 tile_smem, const u16* head, int row_stride, int first, int len) {
     const int chunk = threadIdx.x % ROW_CHUNKS;
@@ -331,8 +331,8 @@ extern "C" __global__ void __launch_bounds__(THREADS) attention(const Problem p)
     for (int i = 0; i < M_TILES; i++) m_sum[i][0] = m_sum[i][1] = -INFINITE;
 
     const int head = blockIdx.x, batch = blockIdx.y;
-    // Blocks of threads start in order, blockIdx.z slowest. Under a causal mask the last queries see the most keys: their
-    // blocks go first, so that no long one is left for the end.
+    // Blocks of threads start in order, blockIdx.z slowest. Under a causal mask the last queries see the most keys:
+    // their blocks go first, so that no long one is left for the end.
     const int block_row = (gridDim.z - 1 - blockIdx.z) * BLOCK_Q;
     const int warp_key = threadIdx.x / 32 * WARP_KEYS;
     const float scale_log2 = p.scale * LOG2_E;

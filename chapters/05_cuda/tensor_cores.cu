@@ -1,7 +1,7 @@
 // Step (c): the two products run on the tensor cores.
 //
-// Against tiles.cu: tiles keep their 16 bits and are swizzled instead of padded; a warp owns 16 rows instead of a thread
-// one; scores and output live in registers in the layout that `mma` prescribes, and the softmax works on that layout.
+// Against tiles.cu: tiles keep their 16 bits and are swizzled instead of padded; a warp owns 16 rows instead of a
+// thread one; scores and output live in registers in the layout that `mma` prescribes, and so does the softmax.
 // Compiled with HEAD_DIM, BLOCK_Q, BLOCK_K, WARPS, BF16, CAUSAL defined (fa2_cuda.py).
 
 using u16 = unsigned short;
@@ -43,7 +43,7 @@ __device__ __forceinline__ void ldmatrix_x4(u32 (&r)[4], u32 address) {
     asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
                  : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3]) : "r"(address) : "memory");
 }
-// The same, but every 8 x 8 matrix arrives transposed: lane l receives rows 2 (l % 4) and 2 (l % 4) + 1 of column l / 4.
+// The same, but every 8 x 8 matrix arrives transposed: lane l gets rows 2 (l % 4) and 2 (l % 4) + 1 of column l / 4.
 __device__ __forceinline__ void ldmatrix_x4_transposed(u32 (&r)[4], u32 address) {
     asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
                  : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3]) : "r"(address) : "memory");
@@ -89,8 +89,8 @@ __device__ __forceinline__ u32 chunk_offset(int row, int chunk) {
 
 // ---- global -> shared -----------------------------------------------------------------------------------------------
 
-// Rows first .. first + ROWS of one head. Rows from `len` on repeat the last one: their scores are masked, their outputs
-// not stored, and so they need only be finite and readable.
+// Rows first .. first + ROWS of one head. Rows from `len` on repeat the last one: their scores are masked, their
+// outputs not stored, and so they need only be finite and readable.
 template <int ROWS>
 __device__ __forceinline__ void load_tile(unsigned char* tile_smem, const u16* head, int row_stride, int first,
                                           int len) {

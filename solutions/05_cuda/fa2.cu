@@ -1,8 +1,8 @@
 // Step (d): FlashAttention-2.
 //
-// Against tensor_cores.cu: cp.async copies the next block of K and V while this one is used, into a second pair of tiles;
-// blocks of keys that no row sees are skipped, and only those that some row does not see whole are masked; and a warp owns
-// 32 rows (BLOCK_Q 128), so that a fragment of K or V that it has loaded is used twice.
+// Against tensor_cores.cu: cp.async copies the next block of K and V while this one is used, into a second pair of
+// tiles; blocks of keys that no row sees are skipped, and only those that some row does not see whole are masked; and a
+// warp owns 32 rows (BLOCK_Q 128), so that a fragment of K or V that it has loaded is used twice.
 // Compiled with HEAD_DIM, BLOCK_Q, BLOCK_K, WARPS, BF16, CAUSAL defined (fa2_cuda.py).
 
 using u16 = unsigned short;
@@ -45,7 +45,7 @@ __device__ __forceinline__ void ldmatrix_x4(u32 (&r)[4], u32 address) {
     asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
                  : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3]) : "r"(address) : "memory");
 }
-// The same, but every 8 x 8 matrix arrives transposed: lane l receives rows 2 (l % 4) and 2 (l % 4) + 1 of column l / 4.
+// The same, but every 8 x 8 matrix arrives transposed: lane l gets rows 2 (l % 4) and 2 (l % 4) + 1 of column l / 4.
 __device__ __forceinline__ void ldmatrix_x4_transposed(u32 (&r)[4], u32 address) {
     asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
                  : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3]) : "r"(address) : "memory");
@@ -106,8 +106,8 @@ __device__ __forceinline__ u32 chunk_offset(int row, int chunk) {
 
 // ---- global -> shared -----------------------------------------------------------------------------------------------
 
-// Rows first .. first + ROWS of one head. Rows from `len` on repeat the last one: their scores are masked, their outputs
-// not stored, and so they need only be finite and readable.
+// Rows first .. first + ROWS of one head. Rows from `len` on repeat the last one: their scores are masked, their
+// outputs not stored, and so they need only be finite and readable.
 template <int ROWS>
 __device__ __forceinline__ void load_tile(u32 tile_smem, const u16* head, int row_stride, int first, int len) {
     // BEGIN SOLUTION: as in tensor_cores.cu, but with cp_async
@@ -277,8 +277,8 @@ extern "C" __global__ void __launch_bounds__(THREADS) attention(const Problem p)
     for (int i = 0; i < M_TILES; i++) m[i][0] = m[i][1] = -INFINITE;
 
     const int head = blockIdx.x, batch = blockIdx.y;
-    // Blocks of threads start in order, blockIdx.z slowest. Under a causal mask the last queries see the most keys: their
-    // blocks go first, so that no long one is left for the end.
+    // Blocks of threads start in order, blockIdx.z slowest. Under a causal mask the last queries see the most keys:
+    // their blocks go first, so that no long one is left for the end.
     const int block_row = (gridDim.z - 1 - blockIdx.z) * BLOCK_Q;
     const int warp_row = block_row + threadIdx.x / 32 * WARP_ROWS;
     const u16* Q = p.Q.data + batch * p.Q.batch + head * p.Q.head;
@@ -286,16 +286,17 @@ extern "C" __global__ void __launch_bounds__(THREADS) attention(const Problem p)
     const u16* V = p.V.data + batch * p.V.batch + head / p.group * p.V.head;
 
     int blocks, full_blocks;  // blocks of keys that some row sees; those that every row sees whole
-    // BEGIN SOLUTION: count both: without a mask from len_k alone, under a causal one from what the first and the last row
-    //: of this block see
+    // BEGIN SOLUTION: count both: without a mask from len_k alone, under a causal one from what the first and the last
+    //: row of this block see
     const int seen_by_last = CAUSAL ? min(p.len_k, max(0, block_row + BLOCK_Q + p.len_k - p.len_q)) : p.len_k;
     const int seen_by_first = CAUSAL ? min(p.len_k, max(0, block_row + 1 + p.len_k - p.len_q)) : p.len_k;
     blocks = (seen_by_last + BLOCK_K - 1) / BLOCK_K;
     full_blocks = seen_by_first / BLOCK_K;
     // END SOLUTION
 
-    // BEGIN SOLUTION: start the copies of Q and of the first K and V; for every block wait for its copies, let all threads
-    //: meet, start the copies of the next block into the other stage, and compute as before, masking where needed; store
+    // BEGIN SOLUTION: start the copies of Q and of the first K and V; for every block wait for its copies, let all
+    //: threads meet, start the copies of the next block into the other stage, and compute as before, masking where
+    //: needed; store
     load_tile<BLOCK_Q>(Q_smem, Q, p.Q.row, block_row, p.len_q);
     if (blocks > 0) {
         load_tile<BLOCK_K>(K_smem, K, p.K.row, 0, p.len_k);

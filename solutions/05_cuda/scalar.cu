@@ -50,8 +50,8 @@ extern "C" __global__ void __launch_bounds__(BLOCK_Q) attention(const Problem p)
     float m = -INFINITE, l = 0.0f;
 
     const int head = blockIdx.x, batch = blockIdx.y;
-    // BEGIN SOLUTION: find this thread's row and return if there is none; point at its row of Q and at K and V of its head;
-    //: for every key it sees compute the score, and update m, l and O_rmem online; write O / l and lse
+    // BEGIN SOLUTION: find this thread's row and return if there is none; point at its row of Q and at K and V of its
+    //: head; for every key it sees compute the score, and update m, l and O_rmem online; write O / l and lse
     const int row = blockIdx.z * BLOCK_Q + threadIdx.x;
     if (row >= p.len_q) return;  // the last block may have more threads than there are rows left
     const u16* Q = p.Q.data + batch * p.Q.batch + head * p.Q.head + row * p.Q.row;

@@ -6,10 +6,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from fa_reference.course import CHAPTERS, ROOT
+from fa_reference.course import CHAPTERS, ROOT, chapter
 from fa_reference.grading import CheckFailed, cuda
 from fa_reference.grading.answer import Answer, Workshop
 from fa_reference.grading.check import NotWritten
+from fa_reference.stubs import write_stubs
 from fa_reference.versions import load_file
 
 SOLUTION = ROOT / "solutions" / "05_cuda"
@@ -131,6 +132,14 @@ def test_a_missing_file_is_named(folder: Path, answer: Answer):
     (folder / "fa2.cu").unlink()
     with pytest.raises(CheckFailed, match=r"there is no file fa2\.cu"):
         cuda.build(answer, HOST, "fa2", "fa2.cu", 64, torch.float16, False)
+
+
+def test_untouched_stubs_compile(tmp_path: Path):
+    """So that the first compile error that a learner sees is their own."""
+    write_stubs(chapter(5), tmp_path)
+    host = load_file(tmp_path / HOST)
+    for step in ("scalar", "tiles", "tensor_cores", "fa2"):
+        assert "attention" in host.build(step, 64, torch.float16, True, cuda.ARCH).report.kernels
 
 
 def test_the_given_split_k_kernels_compile_without_spills():
