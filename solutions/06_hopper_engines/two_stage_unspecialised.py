@@ -1,4 +1,4 @@
-"""Host side of two_stage_unspecialised.cu: checks the input and launches one block of threads for each tile of queries."""
+"""Host side of two_stage_unspecialised.cu: checks the input and launches one block of threads a tile."""
 
 import ctypes
 import math
