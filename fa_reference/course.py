@@ -42,6 +42,13 @@ CHAPTERS = (
     Chapter(2, "online_softmax", "Online softmax", 2.0, ("online_softmax.py",)),
     Chapter(3, "fa1", "FlashAttention-1: tiling", 4.0, ("fa1_tiled.py", "fa1_triton.py")),
     Chapter(4, "fa2", "FlashAttention-2: loop order and work partitioning", 4.0, ("fa2_tiled.py", "fa2_triton.py")),
+    Chapter(
+        5,
+        "cuda",
+        "CUDA: FlashAttention-2 in four steps",
+        10.0,
+        ("layouts.py", "fa2_cuda.py", "scalar.cu", "tiles.cu", "tensor_cores.cu", "fa2.cu"),
+    ),
 )
 
 

@@ -37,7 +37,7 @@ import numpy as np
 import torch
 from IPython.display import HTML, Markdown, display
 
-from fa_reference.course import chapter
+from fa_reference.course import ROOT, chapter
 from fa_reference.grading.cuda import ARCH
 from fa_reference.kernels import count_instructions
 from fa_reference.lesson import answer, solution, style
@@ -47,8 +47,8 @@ here = chapter(5)
 
 
 def recorded(kind):
-    """The newest measurement of a kind in this chapter's folder; None if there is none."""
-    found = [json.loads(file.read_text()) for file in (here.room / "recorded").glob(f"{kind}_*.json")]
+    """The newest measurement of a kind in results/05_cuda; None if there is none."""
+    found = [json.loads(file.read_text()) for file in (ROOT / "results" / here.folder).glob(f"{kind}_*.json")]
     return max(found, key=lambda record: record["provenance"]["date"], default=None)
 
 

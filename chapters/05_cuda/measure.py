@@ -4,7 +4,7 @@
 
 Setting of the FlashAttention papers: 16k tokens in all, hidden size 2048, bf16, stored (batch, len, heads, d). All
 columns of a row come from the same rounds: slices of about 8 ms in shuffled order, a spin of about 1 ms before each, so
-that the host has queued every launch; medians. Writes recorded/steps_<GPU>.json beside this file: the lesson shows it.
+that the host has queued every launch; medians. Writes results/05_cuda/steps_<GPU>.json: the lesson shows it.
 """
 
 import argparse
@@ -84,7 +84,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--impl", type=Path, default=ROOT / "solutions" / "05_cuda", help="folder with fa2_cuda.py")
     parser.add_argument("--rounds", type=int, default=9)
-    parser.add_argument("--out", type=Path, default=HERE / "recorded")
+    parser.add_argument("--out", type=Path, default=ROOT / "results" / HERE.name)
     arguments = parser.parse_args()
     module = load_file(arguments.impl / "fa2_cuda.py")
     with ProcessPoolExecutor(min(8, os.cpu_count() or 1), multiprocessing.get_context("spawn")) as pool:

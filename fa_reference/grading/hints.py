@@ -42,8 +42,12 @@ def is_open(where: Chapter, exercise: Exercise) -> bool:
     """True while the learner's function still contains the stub's TODO."""
     path = where.room / exercise.file
     source = path.read_text(encoding="utf-8", errors="replace") if path.exists() else ""
-    found = re.search(rf"^def {exercise.function}\b.*?(?=^(?:def|class|@|[A-Z_]+ =)|\Z)", source, re.M | re.S)
-    return found is None or "# TODO" in found[0]
+    if path.suffix == ".cu":
+        pattern, todo = rf"^[^\n/]*\b{exercise.function}\([^;{{]*\{{.*?^\}}", "// TODO"
+    else:
+        pattern, todo = rf"^def {exercise.function}\b.*?(?=^(?:def|class|@|[A-Z_]+ =)|\Z)", "# TODO"
+    found = re.search(pattern, source, re.M | re.S)
+    return found is None or todo in found[0]
 
 
 def show_next_hint(number: int, *, function: str | None = None, reset: bool = False) -> int:

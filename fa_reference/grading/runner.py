@@ -71,9 +71,18 @@ class GradingPlugin:
         if reason:
             pytest.skip(reason)
 
+    def _graded_file(self, item: pytest.Item) -> str:
+        """The learner's file that a test module grades: test_naive.py is about naive.py (or naive.cu)."""
+        stem = item.path.stem.removeprefix("test_")
+        return next(file for file in self.report.where.files if Path(file).stem == stem)
+
+    def pytest_collection_modifyitems(self, items: list[pytest.Item]) -> None:
+        order = self.report.where.files
+        items.sort(key=lambda item: order.index(self._graded_file(item)))
+
     def _add(self, item: pytest.Item, state: str, message: str) -> None:
         mark = item.get_closest_marker("check").kwargs
-        file = item.path.stem.removeprefix("test_") + ".py"
+        file = self._graded_file(item)
         answer = item.funcargs.get("answer")
         printed = answer.printed() if state == FAILED and answer is not None else ""
         self.report.add(Outcome(mark["name"], file, mark["points"], state, message, printed))

@@ -110,5 +110,7 @@ def test_every_learners_file_has_a_region():
     for where in CHAPTERS:
         for file in where.files:
             text = stubs.stub_text(where, file)
-            assert "# TODO" in text, f"{file} leaves the learner nothing to write"
-            compile(text, file, "exec")
+            todo = "// TODO" if file.endswith(".cu") else "# TODO"
+            assert todo in text, f"{file} leaves the learner nothing to write"
+            if file.endswith(".py"):
+                compile(text, file, "exec")
