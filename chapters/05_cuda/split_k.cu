@@ -206,8 +206,10 @@ __device__ __forceinline__ void online_softmax(float (&S_rmem)[M_TILES][S_TILES]
             for (int n = 0; n < S_TILES; n++)
                 m_new = fmaxf(m_new, fmaxf(S_rmem[i][n][2 * h], S_rmem[i][n][2 * h + 1]));
             m_new = quad_max(m_new);
-            const float subtract = m_new == -INFINITE ? 0.0f : m_new * scale_log2;
-            const float alpha = exp2_fast(m[i][h] * scale_log2 - subtract);
+            const float reference = m_new == -INFINITE ? 0.0f : m_new, subtract = reference * scale_log2;
+            // Subtract before scaling: m * scale_log2 - subtract would be one fused multiply-add, whose unrounded
+            // product makes alpha miss 1 by 2^-23 in every block that keeps its maximum, and lse drift with len_k.
+            const float alpha = exp2_fast((m[i][h] - reference) * scale_log2);
             m[i][h] = m_new;
             l[i][h] *= alpha;
 #pragma unroll
@@ -255,8 +257,8 @@ __device__ __forceinline__ void merge(float (&O_sum)[M_TILES][OWN_TILES][4], flo
             float m_new = m_sum[i][h];
 #pragma unroll
             for (int w = 0; w < WARPS; w++) m_new = fmaxf(m_new, ml_smem[w * BLOCK_Q + row].x);
-            const float subtract = m_new == -INFINITE ? 0.0f : m_new * scale_log2;
-            const float alpha = exp2_fast(m_sum[i][h] * scale_log2 - subtract);
+            const float reference = m_new == -INFINITE ? 0.0f : m_new;
+            const float alpha = exp2_fast((m_sum[i][h] - reference) * scale_log2);
             m_sum[i][h] = m_new;
             l_sum[i][h] *= alpha;
 #pragma unroll
@@ -264,7 +266,7 @@ __device__ __forceinline__ void merge(float (&O_sum)[M_TILES][OWN_TILES][4], flo
 #pragma unroll
             for (int w = 0; w < WARPS; w++) {
                 const float2 ml = ml_smem[w * BLOCK_Q + row];
-                const float weight = exp2_fast(ml.x * scale_log2 - subtract);
+                const float weight = exp2_fast((ml.x - reference) * scale_log2);
                 l_sum[i][h] += ml.y * weight;
 #pragma unroll
                 for (int n = 0; n < OWN_TILES; n++) {

@@ -218,8 +218,10 @@ __device__ __forceinline__ void online_softmax(float (&S_rmem)[M_TILES][S_TILES]
             for (int n = 0; n < S_TILES; n++)
                 m_new = fmaxf(m_new, fmaxf(S_rmem[i][n][2 * h], S_rmem[i][n][2 * h + 1]));
             m_new = quad_max(m_new);
-            const float subtract = m_new == -INFINITE ? 0.0f : m_new * scale_log2;
-            const float alpha = exp2_fast(m[i][h] * scale_log2 - subtract);
+            const float reference = m_new == -INFINITE ? 0.0f : m_new, subtract = reference * scale_log2;
+            // Subtract before scaling: m * scale_log2 - subtract would be one fused multiply-add, whose unrounded
+            // product makes alpha miss 1 by 2^-23 in every block that keeps its maximum, and lse drift with len_k.
+            const float alpha = exp2_fast((m[i][h] - reference) * scale_log2);
             m[i][h] = m_new;
             l[i][h] *= alpha;
 #pragma unroll

@@ -100,7 +100,12 @@ def test_layouts(answer: Answer) -> None:
 
 @check("right at full size", points=1, needs="gpu")
 def test_full_size(answer: Answer) -> None:
-    sizes = [Case(1000, 1000, heads_q=2, causal=True), Case(4096, 4096, batch=2, heads_q=8, heads_kv=2)]
+    sizes = [
+        Case(1000, 1000, heads_q=2, causal=True),
+        Case(4096, 4096, batch=2, heads_q=8, heads_kv=2),
+        # Hundreds of blocks of keys: an alpha that is nearly, but not quite 1 adds up.
+        Case(128, 32768, head_dim=128),
+    ]
     numbers(answer, [c.but(dtype="bfloat16", layout="bnhd") for c in sizes])
 
 
