@@ -125,7 +125,8 @@ __device__ __forceinline__ void mask(float (&S_rmem)[M_TILES][S_TILES][4], int f
     // TODO: the same as in tensor_cores.cu: copy yours
 }
 
-// S becomes P; m, l and O follow the new maximum. A lane holds two rows of every tile: registers 0, 1 and 2, 3.
+// S becomes P; m, l and O follow the new maximum. A lane holds two rows of every tile: registers 0, 1 and 2, 3. m is
+// kept times scale_log2: kept unscaled, alpha would be exp2 of a fused multiply-add that misses 0 by a rounding.
 // m is shared by a quad; l is what this lane has added up: its quad is summed at the very end.
 __device__ __forceinline__ void online_softmax(float (&S_rmem)[M_TILES][S_TILES][4],
                                                float (&O_rmem)[M_TILES][O_TILES][4], float (&m)[M_TILES][2],

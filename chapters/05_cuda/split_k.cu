@@ -192,7 +192,8 @@ __device__ __forceinline__ void mask(float (&S_rmem)[M_TILES][S_TILES][4], int f
         }
 }
 
-// S becomes P; m, l and O follow the new maximum. A lane holds two rows of every tile: registers 0, 1 and 2, 3.
+// S becomes P; m, l and O follow the new maximum. A lane holds two rows of every tile: registers 0, 1 and 2, 3. m is
+// kept times scale_log2: kept unscaled, alpha would be exp2 of a fused multiply-add that misses 0 by a rounding.
 // m is shared by a quad; l is what this lane has added up: its quad is summed at the very end.
 __device__ __forceinline__ void online_softmax(float (&S_rmem)[M_TILES][S_TILES][4],
                                                float (&O_rmem)[M_TILES][O_TILES][4], float (&m)[M_TILES][2],
@@ -201,15 +202,13 @@ __device__ __forceinline__ void online_softmax(float (&S_rmem)[M_TILES][S_TILES]
     for (int i = 0; i < M_TILES; i++)
 #pragma unroll
         for (int h = 0; h < 2; h++) {
-            float m_new = m[i][h];
+            float top = -INFINITE;
 #pragma unroll
             for (int n = 0; n < S_TILES; n++)
-                m_new = fmaxf(m_new, fmaxf(S_rmem[i][n][2 * h], S_rmem[i][n][2 * h + 1]));
-            m_new = quad_max(m_new);
-            const float reference = m_new == -INFINITE ? 0.0f : m_new, subtract = reference * scale_log2;
-            // Subtract before scaling: m * scale_log2 - subtract would be one fused multiply-add, whose unrounded
-            // product makes alpha miss 1 by 2^-23 in every block that keeps its maximum, and lse drift with len_k.
-            const float alpha = exp2_fast((m[i][h] - reference) * scale_log2);
+                top = fmaxf(top, fmaxf(S_rmem[i][n][2 * h], S_rmem[i][n][2 * h + 1]));
+            const float m_new = fmaxf(m[i][h], quad_max(top) * scale_log2);
+            const float subtract = m_new == -INFINITE ? 0.0f : m_new;
+            const float alpha = exp2_fast(m[i][h] - subtract);  // exactly 1 where the maximum stays
             m[i][h] = m_new;
             l[i][h] *= alpha;
 #pragma unroll
@@ -233,7 +232,7 @@ __device__ __forceinline__ void online_softmax(float (&S_rmem)[M_TILES][S_TILES]
 __device__ __forceinline__ void merge(float (&O_sum)[M_TILES][OWN_TILES][4], float (&m_sum)[M_TILES][2],
                                       float (&l_sum)[M_TILES][2], const float (&O_rmem)[M_TILES][O_TILES][4],
                                       const float (&m)[M_TILES][2], const float (&l)[M_TILES][2], float* O_smem,
-                                      float2* ml_smem, float scale_log2) {
+                                      float2* ml_smem) {
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
     __syncthreads();  // everyone has finished with what lies in this memory
 #pragma unroll
@@ -257,8 +256,8 @@ __device__ __forceinline__ void merge(float (&O_sum)[M_TILES][OWN_TILES][4], flo
             float m_new = m_sum[i][h];
 #pragma unroll
             for (int w = 0; w < WARPS; w++) m_new = fmaxf(m_new, ml_smem[w * BLOCK_Q + row].x);
-            const float reference = m_new == -INFINITE ? 0.0f : m_new;
-            const float alpha = exp2_fast((m_sum[i][h] - reference) * scale_log2);
+            const float subtract = m_new == -INFINITE ? 0.0f : m_new;
+            const float alpha = exp2_fast(m_sum[i][h] - subtract);
             m_sum[i][h] = m_new;
             l_sum[i][h] *= alpha;
 #pragma unroll
@@ -266,7 +265,7 @@ __device__ __forceinline__ void merge(float (&O_sum)[M_TILES][OWN_TILES][4], flo
 #pragma unroll
             for (int w = 0; w < WARPS; w++) {
                 const float2 ml = ml_smem[w * BLOCK_Q + row];
-                const float weight = exp2_fast((ml.x - reference) * scale_log2);
+                const float weight = exp2_fast(ml.x - subtract);
                 l_sum[i][h] += ml.y * weight;
 #pragma unroll
                 for (int n = 0; n < OWN_TILES; n++) {
@@ -312,7 +311,7 @@ __device__ __forceinline__ void store(const float (&O_rmem)[M_TILES][OWN_TILES][
             for (int n = 0; n < OWN_TILES; n++)
                 *reinterpret_cast<u32*>(O + row * p.O.row + (warp * OWN_TILES + n) * TILE_N + lane % 4 * 2) =
                     pack(O_rmem[i][n][2 * h] * inverse, O_rmem[i][n][2 * h + 1] * inverse);
-            if (warp == 0 && lane % 4 == 0) lse[row] = m[i][h] * p.scale + LN_2 * log2f(sum);
+            if (warp == 0 && lane % 4 == 0) lse[row] = LN_2 * (m[i][h] + log2f(sum));
         }
 }
 
@@ -367,11 +366,11 @@ extern "C" __global__ void __launch_bounds__(THREADS) attention(const Problem p)
         online_softmax(S_rmem, O_rmem, m, l, scale_log2);
         accumulate(O_rmem, S_rmem, V_smem + stage + warp_key * ROW_BYTES);
         if (MERGE_EVERY_BLOCK) {
-            merge(O_sum, m_sum, l_sum, O_rmem, m, l, O_smem, ml_smem, scale_log2);
+            merge(O_sum, m_sum, l_sum, O_rmem, m, l, O_smem, ml_smem);
             clear(O_rmem, m, l);
         }
     }
     cp_async_wait_all();
-    if (!MERGE_EVERY_BLOCK) merge(O_sum, m_sum, l_sum, O_rmem, m, l, O_smem, ml_smem, scale_log2);
+    if (!MERGE_EVERY_BLOCK) merge(O_sum, m_sum, l_sum, O_rmem, m, l, O_smem, ml_smem);
     store(O_sum, m_sum, l_sum, block_row, head, batch, p);
 }

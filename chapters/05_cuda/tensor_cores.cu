@@ -122,7 +122,8 @@ __device__ __forceinline__ void mask(float (&S_rmem)[M_TILES][S_TILES][4], int f
     // is not below len_k or, if CAUSAL, comes after row + len_k - len_q
 }
 
-// S becomes P; m, l and O follow the new maximum. A lane holds two rows of every tile: registers 0, 1 and 2, 3.
+// S becomes P; m, l and O follow the new maximum. A lane holds two rows of every tile: registers 0, 1 and 2, 3. m is
+// kept times scale_log2: kept unscaled, alpha would be exp2 of a fused multiply-add that misses 0 by a rounding.
 // m is shared by a quad; l is what this lane has added up: its quad is summed at the very end.
 __device__ __forceinline__ void online_softmax(float (&S_rmem)[M_TILES][S_TILES][4],
                                                float (&O_rmem)[M_TILES][O_TILES][4], float (&m)[M_TILES][2],
@@ -138,7 +139,7 @@ __device__ __forceinline__ void store(const float (&O_rmem)[M_TILES][O_TILES][4]
                                       const float (&l)[M_TILES][2], int first_row, int head, int batch,
                                       const Problem& p) {
     // TODO: sum l over the quad, divide O by it (0 for a row without keys), write pairs of neighbouring columns
-    // as one u32, and lse = m scale + ln l from one lane of the quad; only rows below len_q
+    // as one u32, and lse = LN_2 (m + log2 l) from one lane of the quad; only rows below len_q
 }
 
 // ---- the kernel: one block of threads per BLOCK_Q queries of one head -----------------------------------------------

@@ -200,7 +200,8 @@ __device__ __forceinline__ void mask(float (&S_rmem)[M_TILES][S_TILES][4], int f
     // END SOLUTION
 }
 
-// S becomes P; m, l and O follow the new maximum. A lane holds two rows of every tile: registers 0, 1 and 2, 3.
+// S becomes P; m, l and O follow the new maximum. A lane holds two rows of every tile: registers 0, 1 and 2, 3. m is
+// kept times scale_log2: kept unscaled, alpha would be exp2 of a fused multiply-add that misses 0 by a rounding.
 // m is shared by a quad; l is what this lane has added up: its quad is summed at the very end.
 __device__ __forceinline__ void online_softmax(float (&S_rmem)[M_TILES][S_TILES][4],
                                                float (&O_rmem)[M_TILES][O_TILES][4], float (&m)[M_TILES][2],
@@ -211,15 +212,13 @@ __device__ __forceinline__ void online_softmax(float (&S_rmem)[M_TILES][S_TILES]
     for (int i = 0; i < M_TILES; i++)
 #pragma unroll
         for (int h = 0; h < 2; h++) {
-            float m_new = m[i][h];
+            float top = -INFINITE;
 #pragma unroll
             for (int n = 0; n < S_TILES; n++)
-                m_new = fmaxf(m_new, fmaxf(S_rmem[i][n][2 * h], S_rmem[i][n][2 * h + 1]));
-            m_new = quad_max(m_new);
-            const float reference = m_new == -INFINITE ? 0.0f : m_new, subtract = reference * scale_log2;
-            // Subtract before scaling: m * scale_log2 - subtract would be one fused multiply-add, whose unrounded
-            // product makes alpha miss 1 by 2^-23 in every block that keeps its maximum, and lse drift with len_k.
-            const float alpha = exp2_fast((m[i][h] - reference) * scale_log2);
+                top = fmaxf(top, fmaxf(S_rmem[i][n][2 * h], S_rmem[i][n][2 * h + 1]));
+            const float m_new = fmaxf(m[i][h], quad_max(top) * scale_log2);
+            const float subtract = m_new == -INFINITE ? 0.0f : m_new;
+            const float alpha = exp2_fast(m[i][h] - subtract);  // exactly 1 where the maximum stays
             m[i][h] = m_new;
             l[i][h] *= alpha;
 #pragma unroll
@@ -245,7 +244,7 @@ __device__ __forceinline__ void store(const float (&O_rmem)[M_TILES][O_TILES][4]
                                       const float (&l)[M_TILES][2], int first_row, int head, int batch,
                                       const Problem& p) {
     // BEGIN SOLUTION: sum l over the quad, divide O by it (0 for a row without keys), write pairs of neighbouring columns
-    //: as one u32, and lse = m scale + ln l from one lane of the quad; only rows below len_q
+    //: as one u32, and lse = LN_2 (m + log2 l) from one lane of the quad; only rows below len_q
     const int lane = threadIdx.x % 32;
     u16* O = p.O.data + batch * p.O.batch + head * p.O.head;
     float* lse = p.lse + (static_cast<long long>(batch) * p.heads_q + head) * p.len_q;
@@ -261,7 +260,7 @@ __device__ __forceinline__ void store(const float (&O_rmem)[M_TILES][O_TILES][4]
             for (int n = 0; n < O_TILES; n++)
                 *reinterpret_cast<u32*>(O + row * p.O.row + n * TILE_N + lane % 4 * 2) =
                     pack(O_rmem[i][n][2 * h] * inverse, O_rmem[i][n][2 * h + 1] * inverse);
-            if (lane % 4 == 0) lse[row] = m[i][h] * p.scale + LN_2 * log2f(sum);
+            if (lane % 4 == 0) lse[row] = LN_2 * (m[i][h] + log2f(sum));
         }
     // END SOLUTION
 }

@@ -130,6 +130,20 @@ def test_without_the_pin_it_does_not_stand_there():
     assert count < 8
 
 
+def test_the_variants_of_the_ablation_compile():
+    """Each is a kernel with a few lines exchanged; the lines must still be there, and the code still be clean."""
+    ablation = load_file(FOLDER / "09_two_stage" / "ablation.py")
+    assert set(ablation.KERNELS) == set(KERNELS)
+    with ThreadPoolExecutor() as pool:
+        assert list(pool.map(lambda name: ablation.build(name, False), ablation.VARIANTS)) == [""] * len(
+            ablation.VARIANTS
+        )
+    for name, (_, changes) in ablation.VARIANTS.items():
+        host = KERNELS[name.partition(":")[0]]
+        original = (FOLDER / host).with_suffix(".cu").read_text()
+        assert (ablation.source(name).read_text() == original) == (not changes)
+
+
 @pytest.mark.parametrize("name", KERNELS)
 def test_debug_build_has_bounded_waits(builds, name):
     module = MODULES[name]
