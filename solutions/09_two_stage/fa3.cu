@@ -164,8 +164,10 @@ __device__ __forceinline__ void softmax(float (&s)[kBlockK / 2], Rows& rows, flo
         for (int i = 0; i < kBlockK / 2; ++i)
             if (i / 2 % 2 == half) m = fmaxf(m, s[i]);
         m = fmaxf(rows.m[half], quad_max(m));
-        const float subtract = m == -kInfinity ? 0.0f : m * c;  // -inf - (-inf) is not a number
-        rows.factor[half] = exp2_approx(rows.m[half] * c - subtract);
+        const float reference = m == -kInfinity ? 0.0f : m;  // -inf - (-inf) is not a number
+        const float subtract = reference * c;
+        // Not rows.m * c - subtract: fused, that misses 0 by a rounding in every block, and lse drifts with len_k.
+        rows.factor[half] = exp2_approx((rows.m[half] - reference) * c);
         rows.m[half] = m;
 #pragma unroll
         for (int i = 0; i < kBlockK / 2; ++i)
