@@ -86,7 +86,11 @@ def cut(source: str, file: str) -> str:
 
 
 def stub_text(where: Chapter, file: str) -> str:
-    """The stub of one file of a chapter, cut from its solution."""
+    """The stub of one file of a chapter, cut from its solution; StubError if that is missing."""
+    if not (where.solution / file).exists():
+        raise StubError(
+            f"stubs are cut from solutions/, and {where.folder}/{file} is missing there: git checkout solutions"
+        )
     return cut((where.solution / file).read_text(encoding="utf-8"), file)
 
 
@@ -161,6 +165,11 @@ def reset(number: int) -> int:
     Prints what was done and returns the exit status. ValueError for a chapter that does not exist.
     """
     where = chapter(number)
+    try:
+        _ = [stub_text(where, file) for file in where.files]
+    except StubError as error:
+        print(f"cannot reset: {error}")
+        return 2
     changed = [f for f in where.files if (where.room / f).exists() and not is_untouched(where, f)]
     if changed:
         backup = BACKUPS / where.folder / datetime.now().strftime("%Y-%m-%d_%H-%M-%S-%f")

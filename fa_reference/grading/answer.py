@@ -19,12 +19,14 @@ from torch import Tensor
 
 from fa_reference.course import ROOT
 from fa_reference.grading import wire
-from fa_reference.grading.check import CheckFailed, NotWritten
+from fa_reference.grading.check import CannotRun, CheckFailed, NotWritten
 
 # Seconds that the learner's code may compute in one check; on a GPU the first call compiles a kernel.
 TIME_LIMIT = {"cpu": 15.0, "cuda": 90.0}
 # Once a check ran into its limit, the others of the same run get this share of it: one endless loop is enough.
 AFTER_A_TIMEOUT = 0.3
+# How a check fails on each kind of error that the child reports; the others are ordinary failures.
+FAILURES = {"stub": NotWritten, "syntax": CannotRun, "missing": CannotRun, "exit": CannotRun}
 ATTENTION = ("scaled_dot_product_attention", "multi_head_attention_forward", "_scaled_dot_product_flash_attention")
 
 
@@ -148,15 +150,14 @@ class Answer:
     def _ask(self, *request: Any) -> dict[str, Any]:
         answer = self._exchange(*request)
         if "error" in answer:
-            failure = NotWritten if answer["error"]["kind"] == "stub" else CheckFailed
-            raise failure(str(answer["error"]["message"]))
+            raise FAILURES.get(answer["error"]["kind"], CheckFailed)(str(answer["error"]["message"]))
         return answer
 
     def _exchange(
         self, file: str, function: str, args: tuple, kwargs: dict, device: str, forbid: Sequence[str], counted: Any
     ) -> dict[str, Any]:
         if not (self.folder / file).is_file():
-            raise CheckFailed(f"there is no file {file} in {self.folder}")
+            raise CannotRun(f"there is no file {file} in {self.folder}")
         if self._child is None or self._child[2] != device:
             self._log_reset()
             self._child = (*self._workshop.fork(self.folder, device, self._log), device)

@@ -13,6 +13,10 @@ class NotWritten(CheckFailed):
     """The learner has not written this part yet: the stub's own words."""
 
 
+class CannotRun(CheckFailed):
+    """The file cannot be used at all: a syntax error, a missing file or function, an exit."""
+
+
 # What a check may need beyond any machine, and the reason given where it is missing.
 NEEDS = {
     "gpu": "no CUDA GPU on this machine",

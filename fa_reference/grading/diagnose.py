@@ -15,6 +15,7 @@ from fa_reference.gold import default_scale, gold_attention
 BLOCKS = (16, 32, 64, 128)
 # A suspect is named if the output lies this many times closer to it than to the truth.
 CLOSER = 8.0
+ZEROS = "O is all zeros"
 
 
 class Problem:
@@ -35,17 +36,21 @@ class Problem:
         scale: float | None = None,
         offset: int | None = None,
         masked: bool = True,
+        numbered_from_0: int | None = None,
         keys: slice = slice(None),
         zero_keys: int = 0,
         kv: list[Tensor] | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """(o, lse) with chosen mistakes: another scale or causal offset, fewer keys, `zero_keys` extra keys of 0."""
+        """(o, lse) with chosen mistakes: another scale or causal offset, a causal mask that numbers the keys of
+        every block of `numbered_from_0` from 0, fewer keys, `zero_keys` extra keys of score 0.
+        """
         k, v = kv or (self.k, self.v)
         scores = self.q @ k.mT * (self.scale if scale is None else scale)
         if self.causal and masked:
             offset = self.len_k - self.len_q if offset is None else offset
             i = torch.arange(self.len_q)[:, None]
-            scores = scores.masked_fill(torch.arange(self.len_k)[None, :] > i + offset, -torch.inf)
+            j = torch.arange(self.len_k)[None, :] % (numbered_from_0 or max(1, self.len_k))
+            scores = scores.masked_fill(j > i + offset, -torch.inf)
         scores, v = scores[..., keys], v[..., keys, :]
         if zero_keys:
             scores = torch.nn.functional.pad(scores, (0, zero_keys))
@@ -83,7 +88,7 @@ Suspect = tuple[str, Callable[[], tuple[Tensor | None, Tensor | None]]]
 def suspects(p: Problem) -> Iterator[Suspect]:
     """The wrong attentions worth comparing with on this problem: (name of the bug, how to compute its o and lse)."""
     gap = p.len_k - p.len_q
-    yield "O is all zeros", lambda: (torch.zeros_like(p.q), None)
+    yield ZEROS, lambda: (torch.zeros_like(p.q), None)
     if abs(p.scale - 1) > 1e-6:
         yield "the scale is missing: multiply the scores by `scale`", lambda: p.attention(scale=1.0)
         yield "the scale is applied twice", lambda: p.attention(scale=p.scale**2)
@@ -97,6 +102,8 @@ def suspects(p: Problem) -> Iterator[Suspect]:
                 "the causal mask is aligned top-left (j <= i); bottom-right is wanted (j <= i + len_k - len_q)",
                 lambda: p.attention(offset=0),
             )
+            words = "the sign of the causal offset is wrong: j <= i + len_k - len_q is wanted"
+            yield words, lambda: p.attention(offset=-gap)
         yield "the causal mask is off by one: the diagonal is hidden too", lambda: p.attention(offset=gap - 1)
         yield "the causal mask is off by one: one key of the future is seen", lambda: p.attention(offset=gap + 1)
     if p.heads_kv > 1 and p.heads_kv < p.q.shape[1]:
@@ -117,6 +124,9 @@ def suspects(p: Problem) -> Iterator[Suspect]:
                 lambda n=block: p.attention(keys=slice(p.len_k - p.len_k % n)),
             )
         last = (ceil(p.len_k / block) - 1) * block
+        if last > 0 and p.causal:
+            words = f"the causal mask numbers the keys from 0 in every block of {block}: add the block's first key"
+            yield words, lambda n=block: p.attention(numbered_from_0=n)
         if last > 0:
             yield f"the last block of {block} keys is skipped", lambda n=last: p.attention(keys=slice(n))
             yield f"the first block of {block} keys is skipped", lambda n=block: p.attention(keys=slice(n, None))
@@ -176,11 +186,11 @@ def _not_finite(o: Tensor, lse: Tensor, gold_lse: Tensor) -> str | None:
 def diagnose(
     o: Tensor, lse: Tensor, q: Tensor, k: Tensor, v: Tensor, *, causal: bool, scale: float | None
 ) -> str | None:
-    """The likely bug behind a wrong (o, lse), in words; None if nothing known fits. Meant for small problems."""
+    """What is behind a wrong (o, lse): "likely bug: ..." or "seen: ..."; None if nothing known fits. For small problems."""
     gold_o, gold_lse = gold_attention(q, k, v, causal=causal, scale=scale)
     broken = _not_finite(o, lse, gold_lse)
     if broken:
-        return broken
+        return f"likely bug: {broken}"
     problem = Problem(q, k, v, causal, scale)
     off = _distance(o, gold_o)
     size = float(gold_o.square().mean().sqrt())
@@ -188,15 +198,21 @@ def diagnose(
         off_lse = _distance(lse, gold_lse)
         for words, wrong in _lse_bugs(lse, gold_lse, problem):
             if _distance(lse, wrong) * CLOSER < off_lse:
-                return words
+                return f"likely bug: {words}"
+        if off_lse > 0.05:
+            return "seen: O is nearly right, but lse is wrong"
         if o.dtype != torch.float32 or off < 1e-3 * size:
-            return "nearly right, but not precise enough: keep scores, statistics and accumulators in float32"
-    best, words = off / CLOSER, None
+            return (
+                "likely bug: nearly right, but not precise enough: keep scores, statistics and accumulators in float32"
+            )
+    best, named = off / CLOSER, None
     for name, compute in suspects(problem):
         wrong_o, _ = compute()
         if _distance(wrong_o, gold_o) * 2 > off / 2 and _distance(o, wrong_o) < best:
-            best, words = _distance(o, wrong_o), name
-    return words or _where_it_grows(o, gold_o)
+            best, named = _distance(o, wrong_o), name
+    if named is None:
+        return _where_it_grows(o, gold_o)
+    return f"seen: {named}" if named == ZEROS else f"likely bug: {named}"
 
 
 def _where_it_grows(o: Tensor, gold_o: Tensor) -> str | None:
@@ -208,6 +224,6 @@ def _where_it_grows(o: Tensor, gold_o: Tensor) -> str | None:
         return None
     heads = wrong.any(-1)
     if not heads.all():
-        return f"only some heads are wrong: (batch, head) = {heads.nonzero().tolist()[:6]}"
+        return f"seen: only some heads are wrong: (batch, head) = {heads.nonzero().tolist()[:6]}"
     rows = wrong.any(0).any(0).nonzero().flatten()
-    return f"only {len(rows)} of {o.shape[2]} rows are wrong, from row {int(rows[0])} to row {int(rows[-1])}"
+    return f"seen: only {len(rows)} of {o.shape[2]} rows are wrong, from row {int(rows[0])} to row {int(rows[-1])}"

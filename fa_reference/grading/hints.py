@@ -82,9 +82,11 @@ def show_next_hint(number: int, *, function: str | None = None, reset: bool = Fa
     save_progress(progress)
     console.print(f"[bold]{chosen.file}: {chosen.function}[/], hint {count} of 3")
     console.print(Markdown(chosen.hints[count - 1]))
-    if count == 3:
-        others = ", ".join(e.function for e in exercises if e is not chosen)
+    last = "That was the last one. " if count == 3 else ""
+    others = " ".join(e.function for e in exercises if e is not chosen)
+    if others:
         console.print(
-            f"[dim]That was the last one for {chosen.function}." + (f" Others: {others}.[/]" if others else "[/]")
+            f"[dim]{last}For another exercise: make hint CHAPTER={number} FUNCTION=... (of: {others})[/]",
+            soft_wrap=True,
         )
     return 0

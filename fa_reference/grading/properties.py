@@ -9,7 +9,7 @@ from torch import Tensor
 
 from fa_reference.error_rule import ErrorReport, judge
 from fa_reference.grading.answer import Answer, attention_result
-from fa_reference.grading.check import CheckFailed, NotWritten
+from fa_reference.grading.check import CannotRun, CheckFailed, NotWritten
 from fa_reference.grading.diagnose import diagnose
 from fa_reference.inputs import Case
 
@@ -38,10 +38,16 @@ def close(actual: Tensor, expected: Tensor, what: str, *, tolerance: float = 1e-
 
 
 def _verdict(report: ErrorReport) -> str:
-    rows = (("RMS", report.rms, report.rms_allowed), ("maximum", report.max, report.max_allowed))
-    lines = [f"{name} error of O {error:.2e}, allowed {allowed:.2e}" for name, error, allowed in rows]
-    lines.append(f"error of lse {report.lse_error:.2e}, allowed {report.lse_allowed:.2e}")
-    return "; ".join(lines)
+    """The three errors beside what is allowed, the ones that are too large marked."""
+    rows = (
+        ("RMS error of O", report.rms, report.rms_allowed),
+        ("maximum error of O", report.max, report.max_allowed),
+        ("error of lse", report.lse_error, report.lse_allowed),
+    )
+    return "; ".join(
+        f"{name} {error:.2e}, allowed {allowed:.2e}" + ("" if error <= allowed else " (too large)")
+        for name, error, allowed in rows
+    )
 
 
 def judged(o: Tensor, lse: Tensor, qkv: Sequence[Tensor], case: Case, bug: str = "") -> None:
@@ -50,8 +56,8 @@ def judged(o: Tensor, lse: Tensor, qkv: Sequence[Tensor], case: Case, bug: str =
     report = judge(o, lse, *qkv, **options)
     if report.passed:
         return
-    likely = diagnose(o, lse, *qkv, **options) or bug
-    lines = [f"likely bug: {likely}"] if likely else []
+    likely = diagnose(o, lse, *qkv, **options) or (f"likely bug: {bug}" if bug else "")
+    lines = [likely] if likely else []
     raise CheckFailed("\n".join([*lines, _verdict(report), f"smallest failing case: {case}"]))
 
 
@@ -74,7 +80,7 @@ def attention(
         try:
             value = answer.call(file, function, q, k, v, causal=case.causal, scale=case.scale, device=device, **kwargs)
             o, lse = attention_result(value, q, function)
-        except NotWritten:
+        except (NotWritten, CannotRun):
             raise
         except CheckFailed as failure:
             raise CheckFailed(f"{failure}\nsmallest failing case: {case}") from None
@@ -89,7 +95,7 @@ def same_answer(
         words = ", ".join(f"{k}={v}" for k, v in variant.items() if k != "forbid")
         try:
             attention(answer, file, [case], device=device, **variant)
-        except NotWritten:
+        except (NotWritten, CannotRun):
             raise
         except CheckFailed as failure:
             raise CheckFailed(f"with {words}: {failure}") from None

@@ -1,5 +1,7 @@
 """What a grading run found, printed as it happens and kept as data."""
 
+import os
+import sys
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from textwrap import indent
@@ -11,6 +13,14 @@ from fa_reference.course import Chapter
 
 PASSED, FAILED, NOT_GRADED = "passed", "failed", "not graded here"
 MARKS = {PASSED: "[green]✓[/]", FAILED: "[red]✗[/]", NOT_GRADED: "[yellow]–[/]"}
+
+
+class _PatientConsole(Console):
+    """Goes on in silence once whoever read the output (`| head`) is gone, instead of ending the program."""
+
+    def on_broken_pipe(self) -> None:
+        self.quiet = True
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 @dataclass(frozen=True)
@@ -32,8 +42,10 @@ class Report:
     where: Chapter
     folder: Path
     whose: str
+    selected: bool = False  # only some of the chapter's checks were asked for
     outcomes: list[Outcome] = field(default_factory=list)
-    console: Console = field(default_factory=lambda: Console(highlight=False, soft_wrap=True))
+    console: Console = field(default_factory=lambda: _PatientConsole(highlight=False, soft_wrap=True))
+    explained: dict[str, str] = field(default_factory=dict)  # message -> the first check that failed with it
 
     def of(self, state: str) -> list[Outcome]:
         """The outcomes in one of the three states."""
@@ -65,7 +77,10 @@ class Report:
         if outcome.state == NOT_GRADED:
             self.console.print(f"      [yellow]not graded here[/] ({escape(outcome.message)})")
         elif outcome.message:
-            self.console.print(indent(escape(outcome.message), "      "))
+            cause = outcome.message.split("\nsmallest failing case")[0]
+            first = self.explained.setdefault(cause, outcome.name)
+            words = outcome.message if first == outcome.name else f'the same as for "{first}"'
+            self.console.print(indent(escape(words), "      "))
         if outcome.printed:
             self.console.print(indent("your code printed:\n" + escape(outcome.printed), "      "), style="dim")
 
@@ -83,6 +98,8 @@ class Report:
             self.console.print("Nothing could be graded on this machine.")
         elif failed and self.whose == "your files":
             self.console.print(f"Stuck? make hint CHAPTER={self.where.number}")
+        elif not failed and self.selected:
+            self.console.print(f"All selected checks pass. All of them: make check CHAPTER={self.where.number}")
         elif not failed and self.whose == "your files":
             solution = self.where.solution.relative_to(self.where.solution.parents[1])
             self.console.print(f"Well done. Compare with {solution}/ now, and see the lesson's last section.")

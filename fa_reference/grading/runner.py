@@ -152,7 +152,7 @@ def grade(
     except WrongCall as error:
         print(f"cannot grade: {error}")
         return WRONG_CALL
-    report = Report(where, folder, whose)
+    report = Report(where, folder, whose, selected=bool(only))
     report.begin()
     plugin = GradingPlugin(where, folder, report)
     arguments = [str(where.tests), "-p", "no:terminal", "-p", "no:cacheprovider", "-o", "addopts="]

@@ -20,9 +20,17 @@ def watch(number: int, impl: Path | None = None) -> int:
         return WRONG_CALL
     command = [sys.executable, "-m", "fa_reference", "check", str(number)]
     command += ["--impl", str(impl)] if impl else []
+    try:
+        _grade_on_every_save(command, folder, console)
+    except KeyboardInterrupt:  # Ctrl-C is how watching ends
+        pass
+    return 0
+
+
+def _grade_on_every_save(command: list[str], folder: Path, console: Console) -> None:
     subprocess.run(command, check=False)
     console.print(f"\n[dim]Watching {folder}: save a file to grade again, Ctrl-C to stop.[/]")
-    for _ in watchfiles.watch(folder, watch_filter=watchfiles.PythonFilter(), raise_interrupt=False):
+    sources = watchfiles.PythonFilter(extra_extensions=(".cu",))
+    for _ in watchfiles.watch(folder, watch_filter=sources, raise_interrupt=False):
         console.rule()
         subprocess.run(command, check=False)
-    return 0

@@ -132,7 +132,7 @@ def test_layouts_survive_the_way_to_the_child(ask):
         ("return q.half(), q[..., 0] * 1", "o must have dtype torch.float32; it has torch.float16"),
         ("return q[:, :, :2] * 1, q[..., 0] * 1", r"o must have shape \(1, 1, 3, 64\); it has \(1, 1, 2, 64\)"),
         ("return q.numpy(), q[..., 0] * 1", "o must be a torch.Tensor; it is a numpy.ndarray"),
-        ("return q * 0, q[..., 0] * 0", "likely bug: O is all zeros"),
+        ("return q * 0, q[..., 0] * 0", "seen: O is all zeros"),
         ("return torch.empty_like(q), q[..., 0] * 0", "O is NaN or infinite everywhere: was it written at all"),
     ],
 )
@@ -180,6 +180,7 @@ RIGHT = {
         ({"offset": "k.shape[2] - q.shape[2] + 1"}, "one key of the future is seen"),
         ({"offset": "k.shape[2] - q.shape[2] - 1"}, "the diagonal is hidden too"),
         ({"offset": "10**6"}, "the causal mask is missing"),
+        ({"offset": "q.shape[2] - k.shape[2]"}, "the sign of the causal offset is wrong"),
         ({"repeat": "k.repeat(1, g, 1, 1), v.repeat(1, g, 1, 1)"}, "wrong KV head"),
         ({"lse": "(m + l.log()).squeeze(-1) / 0.6931471805599453"}, "lse is in base 2"),
         ({"lse": "l.log().squeeze(-1)"}, "lse lacks the maximum"),
@@ -248,6 +249,12 @@ def test_close_names_the_first_wrong_element_and_takes_no_number_for_infinity():
 def test_a_change_inside_a_tuple_is_seen(ask):
     with pytest.raises(CheckFailed, match="changed its input number 1 in place"):
         ask("def f(pair):\n    pair[1].add_(1)\n    return 0", (X, X.clone()))
+
+
+def test_a_reader_who_leaves_early_gets_no_traceback():
+    command = f"{sys.executable} -m fa_reference check 1 --solution | head -2"
+    done = subprocess.run(command, shell=True, cwd=ROOT, capture_output=True, text=True, timeout=120, check=False)
+    assert "Grading" in done.stdout and "Error" not in done.stdout + done.stderr
 
 
 def test_an_endless_loop_ends(workshop, tmp_path):
