@@ -186,7 +186,7 @@ def _not_finite(o: Tensor, lse: Tensor, gold_lse: Tensor) -> str | None:
 def diagnose(
     o: Tensor, lse: Tensor, q: Tensor, k: Tensor, v: Tensor, *, causal: bool, scale: float | None
 ) -> str | None:
-    """What is behind a wrong (o, lse): "likely bug: ..." or "seen: ..."; None if nothing known fits. For small problems."""
+    """What is behind a wrong (o, lse): "likely bug: ..." or "seen: ..."; None if nothing fits. For small problems."""
     gold_o, gold_lse = gold_attention(q, k, v, causal=causal, scale=scale)
     broken = _not_finite(o, lse, gold_lse)
     if broken:
