@@ -149,7 +149,7 @@ __device__ __forceinline__ void mask(float (&s)[kBlockK / 2], int limit_top, int
 
 // What a thread keeps for its two rows (l / 4 and l / 4 + 8 of its warp's 16): register i belongs to row i / 2 % 2.
 struct Rows {
-    float m[2] = {-kInfinity, -kInfinity};  // maximum so far
+    float m[2] = {-kInfinity, -kInfinity};  // maximum so far, times c: where it stays, the factor is exactly 1
     float l[2] = {0.0f, 0.0f};              // this thread's part of the row sum
     float factor[2];                        // exp(m_old - m_new): what O has to be multiplied with
 };
@@ -162,11 +162,9 @@ __device__ __forceinline__ void softmax(float (&s)[kBlockK / 2], Rows& rows, flo
 #pragma unroll
         for (int i = 0; i < kBlockK / 2; ++i)
             if (i / 2 % 2 == half) m = fmaxf(m, s[i]);
-        m = fmaxf(rows.m[half], quad_max(m));
-        const float reference = m == -kInfinity ? 0.0f : m;  // -inf - (-inf) is not a number
-        const float subtract = reference * c;
-        // Not rows.m * c - subtract: fused, that misses 0 by a rounding in every block, and lse drifts with len_k.
-        rows.factor[half] = exp2_approx((rows.m[half] - reference) * c);
+        m = fmaxf(rows.m[half], quad_max(m) * c);
+        const float subtract = m == -kInfinity ? 0.0f : m;  // -inf - (-inf) is not a number
+        rows.factor[half] = exp2_approx(rows.m[half] - subtract);
         rows.m[half] = m;
 #pragma unroll
         for (int i = 0; i < kBlockK / 2; ++i)
@@ -197,7 +195,7 @@ __device__ __forceinline__ void store(const float (&o)[kHeadDim / 2], const Rows
         const long long flat_head = static_cast<long long>(tile.batch) * gridDim.y + tile.head;
         if (lane % 4 == 0)
             lse_pointer[flat_head * problem.len_q + r] =
-                l == 0.0f ? -kInfinity : rows.m[half] * problem.scale + kLn2 * log2f(l);
+                l == 0.0f ? -kInfinity : kLn2 * (rows.m[half] + log2f(l));
         u16* o_row = o_pointer + tile.batch * problem.o_stride_batch + tile.head * problem.o_stride_head +
                      r * problem.o_stride_row + 2 * (lane % 4);
 #pragma unroll
