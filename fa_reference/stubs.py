@@ -24,6 +24,7 @@ LEDGER = ROOT / "chapters" / ".stubs.json"
 # Where `make reset` keeps what the learner wrote.
 BACKUPS = ROOT / ".course" / "backup"
 LINE = 112
+FORMATTED = 120
 
 
 class StubError(ValueError):
@@ -44,14 +45,18 @@ class _Region:
         if self.mark == "//":
             return [f"{self.indent}// {line}" for line in wrap("TODO: " + self.words, width - 3)]
         text = json.dumps(f"{file}: {self.words}", ensure_ascii=False)[1:-1]
-        pieces = wrap(text, width - 8, drop_whitespace=False, break_long_words=False)
+        # As ruff would format it: one string, and one line, where they fit.
+        fits = len(text) + len(self.indent) + len('    ""') <= FORMATTED
+        pieces = [text] if fits else wrap(text, width - 8, drop_whitespace=False, break_long_words=False)
         body = [f'{self.indent}    "{piece}"' for piece in pieces]
         opening, closing = "raise NotImplementedError(", ")"
         if self.kind == "triton":
             opening, closing, body[-1] = "tl.static_assert(", ")", body[-1] + ","
             body.insert(0, f"{self.indent}    False,")
+        elif len(self.indent + opening + text + '"")') <= FORMATTED:
+            opening, body, closing = f'{opening}"{text}")', [], None
         todo = f"{self.indent}# TODO: replace this statement by your code."
-        return [todo, self.indent + opening, *body, self.indent + closing]
+        return [todo, self.indent + opening, *body, *([self.indent + closing] if closing else [])]
 
 
 def cut(source: str, file: str) -> str:

@@ -56,9 +56,7 @@ def grid(step: Step, batch: int, heads_q: int, len_q: int) -> tuple[int, int, in
 def threads(step: Step) -> int:
     """Threads of a block: 32 a warp, or one a row of the block where the step has no warps of its own."""
     # TODO: replace this statement by your code.
-    raise NotImplementedError(
-        "fa2_cuda.py: one number, from step.warps or step.block_q"
-    )
+    raise NotImplementedError("fa2_cuda.py: one number, from step.warps or step.block_q")
 
 
 def shared_bytes(step: Step, head_dim: int) -> int:
@@ -69,8 +67,7 @@ def shared_bytes(step: Step, head_dim: int) -> int:
     """
     # TODO: replace this statement by your code.
     raise NotImplementedError(
-        "fa2_cuda.py: rows of all tiles together times head_dim times bytes of a number, plus the padding of "
-        "\"tiles\""
+        "fa2_cuda.py: rows of all tiles together times head_dim times bytes of a number, plus the padding of step tiles"
     )
 
 

@@ -15,8 +15,7 @@ def swizzle(row: int, chunk: int) -> int:
     """
     # TODO: replace this statement by your code.
     raise NotImplementedError(
-        "layouts.py: let the row number move its chunks: neighbouring rows keep the same chunk in different "
-        "places"
+        "layouts.py: let the row number move its chunks: neighbouring rows keep the same chunk in different places"
     )
 
 
@@ -27,8 +26,7 @@ def c_fragment(lane: int, register: int) -> tuple[int, int]:
     """
     # TODO: replace this statement by your code.
     raise NotImplementedError(
-        "layouts.py: row from lane // 4 and the register's upper bit, column from lane % 4 and the register's"
-        " lower bit"
+        "layouts.py: row from lane // 4 and the register's upper bit, column from lane % 4 and the register's lower bit"
     )
 
 
@@ -39,8 +37,7 @@ def a_fragment(lane: int, register: int, half: int) -> tuple[int, int]:
     """
     # TODO: replace this statement by your code.
     raise NotImplementedError(
-        "layouts.py: as in c_fragment, with the half for the neighbouring column; the register's bits say "
-        "which matrix"
+        "layouts.py: as in c_fragment, with the half for the neighbouring column; the register's bits say which matrix"
     )
 
 
@@ -51,9 +48,7 @@ def b_fragment(lane: int, register: int, half: int) -> tuple[int, int]:
     rows below.
     """
     # TODO: replace this statement by your code.
-    raise NotImplementedError(
-        "layouts.py: exchange the roles of row and column of a_fragment"
-    )
+    raise NotImplementedError("layouts.py: exchange the roles of row and column of a_fragment")
 
 
 def q_address(lane: int) -> tuple[int, int]:
@@ -76,8 +71,7 @@ def k_address(lane: int) -> tuple[int, int]:
     """
     # TODO: replace this statement by your code.
     raise NotImplementedError(
-        "layouts.py: matrices 0 and 1 are side by side in K's rows 0 .. 7, matrices 2 and 3 in its rows 8 .. "
-        "15"
+        "layouts.py: matrices 0 and 1 are side by side in K's rows 0 .. 7, matrices 2 and 3 in its rows 8 .. 15"
     )
 
 
@@ -89,8 +83,7 @@ def v_address(lane: int) -> tuple[int, int]:
     """
     # TODO: replace this statement by your code.
     raise NotImplementedError(
-        "layouts.py: matrices 0 and 1 are one above the other in V's columns 0 .. 7, matrices 2 and 3 right "
-        "of them"
+        "layouts.py: matrices 0 and 1 are one above the other in V's columns 0 .. 7, matrices 2 and 3 right of them"
     )
 
 

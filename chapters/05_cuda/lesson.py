@@ -532,15 +532,16 @@ for d, s in merged.items():
 # ### A bug that only long sequences showed
 #
 # An earlier version of steps (c) and (d) passed every check at lengths up to 4096 and broke the error rule from about
-# $N = 8192$ on: O was right, lse was not. On an H200 its error at $d = 128$ grew from 9e-6 at 4096 keys to 3e-5 at 8192
-# and 6e-5 at 16384. It kept m as a raw score: `subtract = m_new * scale_log2`, then
-# `alpha = exp2(m_old * scale_log2 - subtract)`.
+# $N = 8192$ on: O was right, lse was not. On an H200 its error at $d = 128$ grew from 9e-6 at 4096 keys to 3e-5 at
+# 8192 and 6e-5 at 16384. It kept m as a raw score: `subtract = m_new * scale_log2`, then `alpha = exp2(m_old *
+# scale_log2 - subtract)`.
 #
 # Where the maximum stays, that reads as $x - x = 0$. The compiler fuses the product and the difference into one
 # multiply-add, which does not round the product, while `subtract` was rounded: what is left is the rounding error of
 # `subtract`, up to $2^{-22}$ here. Its alpha is almost 1, in every block the same side of 1, and hundreds of blocks
 # multiply it up. O = acc / l hides it, as both are scaled alike; lse does not. Now m is kept in units of log2, and
-# `m_old - m_new` is exactly 0 where it should be. Small cases cannot see this; that is why lse is graded, and why one check has 32768 keys.
+# `m_old - m_new` is exactly 0 where it should be. Small cases cannot see this; that is why lse is graded, and why one
+# check has 32768 keys.
 
 # %%
 m, scale_log2 = np.float32(51.3), np.float32(128**-0.5 * np.log2(np.e))

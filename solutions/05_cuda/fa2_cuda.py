@@ -65,7 +65,7 @@ def shared_bytes(step: Step, head_dim: int) -> int:
     scalar has no tiles (stages 0). tiles keeps floats, with one float of padding behind every row of Q; the others keep
     16-bit numbers without padding.
     """
-    # BEGIN SOLUTION: rows of all tiles together times head_dim times bytes of a number, plus the padding of "tiles"
+    # BEGIN SOLUTION: rows of all tiles together times head_dim times bytes of a number, plus the padding of step tiles
     if step.stages == 0:
         return 0
     rows = step.block_q + 2 * step.stages * step.block_k[head_dim]
