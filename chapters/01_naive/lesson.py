@@ -89,7 +89,8 @@ fig.legend(*ax.get_legend_handles_labels(), loc="outside right center", frameon=
 fig.subplots_adjust(right=0.84)
 
 # %% [markdown]
-# Arithmetic does not explain the time. Something else costs, and the next picture shows what.
+# Arithmetic does not explain the time. Something else costs, and the next picture shows what. ($Q K^\top$ includes the
+# division by $\sqrt d$, one more pass over $S$; that is why it takes longer than $P V$.)
 #
 # ## The idea in a picture
 #
@@ -147,8 +148,7 @@ fig.tight_layout()
 #
 # ### By hand
 #
-# Four queries, four keys, $d = 2$. Reviews of these papers like this example and get it wrong, so do it with a
-# pencil:
+# Four queries, four keys, $d = 2$. You will meet this example online with wrong numbers, so do it with a pencil:
 #
 # $$Q = \begin{pmatrix}1&2\\3&4\\5&6\\7&8\end{pmatrix}, \quad K = \begin{pmatrix}2&1\\4&3\\6&5\\8&7\end{pmatrix}, \quad
 # (QK^\top)_{1,0} = 3\cdot2 + 4\cdot1 = 10, \quad (QK^\top)_{1,1} = 3\cdot4 + 4\cdot3 = 24.$$
@@ -159,14 +159,14 @@ K = torch.tensor([[2.0, 1], [4, 3], [6, 5], [8, 7]])
 raw = Q @ K.T
 print(raw.int())
 
-told = torch.tensor([[4.0, 10, 16, 22], [10, 25, 40, 55]])
-print("told for rows 0 and 1:", told.int().tolist())
-print("told row 1 / row 0:   ", (told[1] / told[0]).tolist())
-print("true row 1 / row 0:   ", [round(x, 3) for x in (raw[1] / raw[0]).tolist()])
+printed = torch.tensor([[4.0, 10, 16, 22], [10, 25, 40, 55]])
+print("often printed for rows 0 and 1:", printed.int().tolist())
+print("often printed, row 1 / row 0:  ", (printed[1] / printed[0]).tolist())
+print("true, row 1 / row 0:           ", [round(x, 3) for x in (raw[1] / raw[0]).tolist()])
 assert torch.equal(raw[1], torch.tensor([10.0, 24, 38, 52]))
 
 # %% [markdown]
-# The version often told has 25, 40, 55 in row 1. That is row 0 times 2.5, which would need $Q$'s row 1 to be 2.5
+# The version often printed has 25, 40, 55 in row 1. That is row 0 times 2.5, which would need $Q$'s row 1 to be 2.5
 # times row 0; $(3, 4)$ is not a multiple of $(1, 2)$. (Another version has only two columns, $[[4, 10], [8, 22],
 # \dots]$. $S$ has one column a *key*, so four here, and its second row starts with 10.)
 #
@@ -175,8 +175,9 @@ assert torch.equal(raw[1], torch.tensor([10.0, 24, 38, 52]))
 # $$\mathrm{softmax}([4, 10]) = \frac{[e^{4}, e^{10}]}{e^4 + e^{10}}
 # = \Big[\frac{1}{1 + e^{6}}, \frac{1}{1 + e^{-6}}\Big], \qquad e^6 \approx 403.4, \quad 1/404.4 \approx 0.00247.$$
 #
-# The told answer $[0.12, 0.88]$ belongs to a difference of 2, not 6. And the told example forgets $\tau = 1/\sqrt 2$.
-# Both matter: the difference becomes $6/\sqrt2 \approx 4.24$ and the weight of the smaller score six times larger.
+# The answer often printed, $[0.12, 0.88]$, belongs to a difference of 2, not 6. And that version forgets $\tau =
+# 1/\sqrt 2$. Both matter: the difference becomes $6/\sqrt2 \approx 4.24$ and the weight of the smaller score almost
+# six times as large.
 
 # %%
 for scores in ([4.0, 10.0], [4 / 2**0.5, 10 / 2**0.5], [8.0, 10.0]):
@@ -241,12 +242,12 @@ for layer in LAYERS:
 
 # %%
 scores = 40 * torch.randn(48, generator=torch.Generator().manual_seed(3)) + 60
-grid = np.linspace(-140, 160, 400)
+grid = np.linspace(-170, 165, 400)
 fig, ax = plt.subplots(figsize=(8.5, 4.2))
 ax.plot(grid, grid / np.log(10), color="black", lw=1.3, label="$e^x$")
 for name, top in (("float16: 65504", 65504.0), ("float32, bfloat16: 3.4e38", 3.4e38)):
     ax.axhline(np.log10(top), color="#999999", lw=1, ls="--")
-    ax.text(-138, np.log10(top) + 1.2, "largest " + name, fontsize=10, color="#555555")
+    ax.text(-168, np.log10(top) + 2, "largest " + name, fontsize=10, color="#555555")
 for shift, colour, label in ((0.0, "#D55E00", "$e^{s_j}$"), (float(scores.max()), "#0072B2", "$e^{s_j - m}$")):
     moved = (scores - shift).numpy()
     lost = int(torch.exp(torch.from_numpy(moved)).isinf().sum())
@@ -264,7 +265,7 @@ fig.tight_layout()
 # $$\mathrm{lse} = \log \sum_j e^{s_j} = m + \log l .$$
 #
 # It is a row's whole history in one number: $P_{ij} = e^{S_{ij} - \mathrm{lse}_i}$. Chapter 2 merges partial results
-# with it, and a backward pass needs nothing else to recompute $P$.
+# with it, and a backward pass needs nothing else beside $Q$ and $K$ to recompute $P$.
 #
 # One trap: a row in which every key is hidden. Its maximum is $-\infty$, and $(-\infty) - (-\infty)$ is NaN. We
 # define such a row's output as 0 and its lse as $-\infty$ (the logarithm of an empty sum).
@@ -284,8 +285,8 @@ with FlopCounterMode(display=False) as forward_count:
     out = torch.softmax(x @ y.mT / 8, -1) @ z
 with FlopCounterMode(display=False) as backward_count:
     out.sum().backward()
-counted, told = forward_count.get_total_flops(), 2 * 512**2 * 64 + 512**2
-print(f"forward:  {counted:,} counted; 4 N² d = {4 * 512**2 * 64:,}; told 2 N² d + N² = {told:,}")
+counted, printed = forward_count.get_total_flops(), 2 * 512**2 * 64 + 512**2
+print(f"forward:  {counted:,} counted; 4 N² d = {4 * 512**2 * 64:,}; 2 N² d + N² = {printed:,}")
 print(f"backward: {backward_count.get_total_flops() / counted:.1f} x forward (four matrix products, with P kept)")
 
 # %% [markdown]
@@ -300,10 +301,10 @@ print(f"backward: {backward_count.get_total_flops() / counted:.1f} x forward (fo
 #
 # $$\frac{4 N^2 d}{2\,(4 N^2 + 4 N d)} = \frac{d}{2} \cdot \frac{N}{N + d} \;<\; \frac d2 .$$
 #
-# It does not grow with $N$: for $d = 64$ at most 32 operations a byte. An H100 can do 989 TFLOP/s on 16-bit numbers
-# but moves 3.35 TB/s: it needs $989 / 3.35 \approx 295$ operations a byte to be kept busy. Nearly all of it waits.
-# This is what *memory-bound* means. If $S$ and $P$ never left the chip, $8 N d$ bytes would do, and the intensity
-# would be $N/2$.
+# It hardly grows with $N$: for $d = 64$ it is at most 32 operations a byte. An H100 can do 989 TFLOP/s on 16-bit
+# numbers but moves 3.35 TB/s: it needs $989 / 3.35 \approx 295$ operations a byte to be kept busy. Nearly all of it
+# waits. This is what *memory-bound* means. If $S$ and $P$ never left the chip, $8 N d$ bytes would do, and the
+# intensity would be $N/2$.
 #
 # The roofline (Williams, Waterman and Patterson 2009) draws this: at intensity $I$ a chip reaches at most
 # $\min(\text{peak},\; I \times \text{bandwidth})$.
@@ -372,8 +373,8 @@ my_prediction = 4  # your number
 # (GQA): with fewer KV heads than query heads, consecutive query heads share one. With 6 query heads and 2 KV heads,
 # query heads 0, 1, 2 read KV head 0, and 3, 4, 5 read KV head 1. Checking the arguments is written already.
 #
-# Precision, as in every version of the course: scores, softmax and all sums in float32; $P$ is rounded to the input's
-# dtype before $P V$, as tensor cores want it; $O$ is returned in the input's dtype.
+# Precision, here and in the kernels of chapters 3 and 4: scores, softmax and all sums in float32; $P$ is rounded to
+# the input's dtype before $P V$, as tensor cores want it; $O$ is returned in the input's dtype.
 #
 #     make check CHAPTER=1     # grade: says which property fails, on the smallest case
 #     make hint CHAPTER=1      # one hint more each time
@@ -383,7 +384,7 @@ my_prediction = 4  # your number
 #
 # | symptom | look at |
 # |---|---|
-# | "large scores do not overflow" fails | is the maximum taken per row, and subtracted *before* `exp`? |
+# | "softmax of large scores does not overflow" fails | is the maximum taken per row, and subtracted *before* `exp`? |
 # | NaN only in "rows without keys" | $(-\infty) - (-\infty)$ in the exponent; $0 / 0$ in the division |
 # | `lse` is off by a factor of 1.44, or too small by the maximum | base 2 instead of $e$; $m$ was not added back |
 # | square causal cases pass, others fail | the mask needs $N_k - N_q$: aligned bottom-right |
@@ -405,48 +406,31 @@ print("lse:", lse[0, 0].tolist())
 #
 # ## Measure: your prediction
 #
-# A dispatch mode sees every operation that PyTorch runs. Add up the bytes of its inputs and outputs, and you have the
-# traffic that a GPU would have, one kernel an operation.
+# PyTorch can show every operation that it runs to a *dispatch mode*. `Meter` is one (`fa_reference/meter.py`, 60
+# lines): it adds up the bytes of the inputs and outputs, which is the traffic that a GPU would have, one kernel an
+# operation.
 
 # %%
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
-
-
-class Traffic(TorchDispatchMode):
-    """Bytes read and written by every operation; views move nothing."""
-
-    def __init__(self):
-        super().__init__()
-        self.moved = {}
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        result = func(*args, **(kwargs or {}))
-        name = str(func).removeprefix("aten.").split(".")[0]
-        if not (func.is_view or name == "_unsafe_view"):
-            tensors = [x for x in tree_leaves((args, kwargs, result)) if isinstance(x, torch.Tensor)]
-            self.moved[name] = self.moved.get(name, 0) + sum(x.nbytes for x in tensors)
-        return result
-
+from fa_reference.meter import Meter
 
 N, d = 2048, 64
 q, k, v = (torch.randn(1, 1, N, d) for _ in range(3))
 square = 4 * N * N  # bytes of one N x N float32 matrix
-with Traffic() as ours:
+with Meter() as ours:
     naive.forward(q, k, v)
-with Traffic() as fused_softmax:
+with Meter() as fused_softmax:
     torch.softmax((q * d**-0.5) @ k.mT, -1) @ v
-with Traffic() as fused_all:
+with Meter() as fused_all:
     torch.nn.functional.scaled_dot_product_attention(q, k, v)
 
 for name, moved in ours.moved.items():
     if moved > 0.5 * square:
         print(f"{name:12s} {moved / square:5.2f} trips")
 trips = {
-    "naive.forward": sum(ours.moved.values()) / square,
-    "matmul, torch.softmax, matmul": sum(fused_softmax.moved.values()) / square,
+    "naive.forward": ours.moved_bytes / square,
+    "matmul, torch.softmax, matmul": fused_softmax.moved_bytes / square,
     "naive_hbm_bytes": naive.naive_hbm_bytes(N, N, d, 4) / square,
-    "one fused operation": sum(fused_all.moved.values()) / square,
+    "one fused operation": fused_all.moved_bytes / square,
 }
 print()
 for name, count in trips.items():
@@ -475,11 +459,11 @@ print(f"here: {peak:.0f} GFLOP/s in a matrix product, {bandwidth:.1f} GB/s in a 
 points = []
 for dim in (16, 32, 64, 128, 256):
     q, k, v = (torch.randn(1, 1, N, dim) for _ in range(3))
-    with Traffic() as traffic:
+    with Meter() as traffic:
         naive.forward(q, k, v)
     t = milliseconds(lambda q=q, k=k, v=v: naive.forward(q, k, v), repeats=5)
     flops = naive.attention_flops(N, N, dim)
-    points.append((dim, flops / sum(traffic.moved.values()), flops / t / 1e6))
+    points.append((dim, flops / traffic.moved_bytes, flops / t / 1e6))
     print(f"d = {dim:3d}: {t:6.1f} ms for {flops / 1e9:5.2f} GFLOP, {points[-1][1]:5.1f} FLOP/byte")
 
 fig, ax = plt.subplots(figsize=(8.5, 4.2))
@@ -507,10 +491,11 @@ ax.legend(loc="lower right", frameon=False)
 fig.tight_layout()
 
 # %% [markdown]
-# The points climb along the slanted part: sixteen times the arithmetic costs far less than sixteen times the time. (A
-# point can touch or pass the slant where a cache serves part of the traffic, and stay below it where PyTorch spends
-# time on allocating the big matrices. Compare the ridge printed above with the H100's 295: a CPU is a forgiving
-# place.)
+# From $d = 16$ to $d = 256$ the arithmetic grows sixteen times; the time grows far less, so the points climb. They
+# follow the slanted part only roughly: timings of small $d$ are noisy, and $d = 16$ can come out slower than $d = 32$;
+# a point can touch or pass the slant where a cache serves part of the traffic, and stays below it where PyTorch spends
+# time on allocating the big matrices. The largest $d$ may lie right of the ridge, where arithmetic is the limit.
+# Compare the ridge printed above with the H100's 295: a CPU is a forgiving place.
 #
 # ## Measured on an H100 or H200
 #
@@ -565,11 +550,16 @@ else:
 # %% [markdown]
 # Which column is which: `explicit 16-bit` is the three kernels of the formula, a matrix product, `torch.softmax`, a
 # matrix product, all in 16 bits. Its bound is the roofline's, with the bandwidth of this card's data sheet (an H200
-# is an H100 with faster memory), so read the told "200-400 TFLOP/s" against these two columns. `naive` is the file of
-# this chapter: it makes three times as many trips, in float32, and multiplies in float32, outside the tensor cores.
-# (In the figure its bytes are those of three kernels; by all its trips its point would lie three to four times
-# further left.) `torch math` is PyTorch's own unfused attention, which also works in float32 inside. `FA2` never
-# stores $S$ or $P$; it is where chapter 4 ends.
+# is an H100 with faster memory), so read the claimed "200-400 TFLOP/s" against these two columns. `naive` is the file
+# of this chapter: it makes three times as many trips, in float32, and multiplies in float32, outside the tensor
+# cores. (In the figure its bytes are those of three kernels; by all its trips its point would lie three to four times
+# further left.) `torch math` is PyTorch's own unfused attention, which also works in float32 inside; the figure
+# leaves it out because the kernels inside it, and so its bytes, are not counted. `FA2` never stores $S$ or $P$; it is
+# where chapter 4 ends.
+#
+# One thing in the recorded H200 table is unexplained: from $N = 8192$ to $N = 16384$ `explicit 16-bit` becomes about
+# 1.7 times as fast at every $d$, and its one shape above 200 TFLOP/s is there. Bytes and operations say nothing of
+# the kind; a profile of the two lengths would show which of the three kernels changes.
 #
 # ## What to add next
 #
@@ -579,6 +569,19 @@ else:
 #
 # Before you go on: what would change if the softmax were one kernel that also did the scaling and the masking? (Count
 # the trips.) And why does a larger batch or more heads not raise the intensity?
+#
+# <details>
+# <summary>Answers</summary>
+#
+# The twelve trips would become four: $S$ is written by the first kernel and read by the second, $P$ is written by the
+# second and read by the third. That is the count of `naive_hbm_bytes`, and it is as far as this goes: while $S$ and $P$
+# exist in HBM, the intensity of 16-bit attention stays below $d/2$.
+#
+# Every head of every sequence has a $Q$, $K$, $V$, $S$, $P$ and $O$ of its own, so operations and bytes both grow by
+# the factor $B H$, which cancels in their quotient. (With GQA several query heads share $K$ and $V$, but these are
+# small beside $S$ and $P$.)
+#
+# </details>
 #
 # ## Sources
 #

@@ -20,11 +20,7 @@ def stable_softmax(scores: Tensor) -> tuple[Tensor, Tensor]:
     A row that is -inf throughout has probabilities 0 and lse -inf.
     """
     # TODO: replace this statement by your code.
-    raise NotImplementedError(
-        "naive.py: stable_softmax: in float32, subtract each row's maximum m before exp, divide by the row "
-        "sum l, and return (probabilities, m + log(l)). A row of -inf must give 0 and -inf, never NaN: think "
-        "about (-inf) - (-inf)."
-    )
+    raise NotImplementedError("naive.py: stable_softmax: the lesson's safe softmax, in float32; mind rows of -inf.")
 
 
 def attention_flops(len_q: int, len_k: int, head_dim: int) -> int:
@@ -34,8 +30,7 @@ def attention_flops(len_q: int, len_k: int, head_dim: int) -> int:
     """
     # TODO: replace this statement by your code.
     raise NotImplementedError(
-        "naive.py: attention_flops: count the multiplications and additions of Q K^T and of P V, and return "
-        "their sum."
+        "naive.py: attention_flops: count the multiplications and additions of Q K^T and of P V, and return their sum."
     )
 
 
@@ -81,9 +76,4 @@ def forward(
         return torch.zeros_like(q), torch.full((batch, heads_q, len_q), float("-inf"), device=q.device)
 
     # TODO: replace this statement by your code.
-    raise NotImplementedError(
-        "naive.py: forward: (1) repeat every head of k and v heads_q // heads_kv times, so that each query "
-        "head has its KV head; (2) S = scale * Q K^T in float32; (3) if causal, set the scores of invisible "
-        "keys to -inf; (4) stable_softmax; (5) round P to v's dtype, compute O = P V, and return O in q's "
-        "dtype, and lse."
-    )
+    raise NotImplementedError("naive.py: forward: attention as in the docstring; use stable_softmax.")

@@ -21,59 +21,22 @@
 # ## A measurement first
 #
 # Chapter 1 counted the traffic of $S$ and $P$. They also have to exist. Here is the largest amount of memory alive at
-# any moment inside naive attention, measured on this machine for one head of $d = 64$ in float32.
+# any moment inside naive attention, measured on this machine for one head of $d = 64$ in float32. The `Meter` of
+# chapter 1 also knows which buffers are alive.
 
 # %%
 import time
-import weakref
 
 import matplotlib.pyplot as plt
 import numpy as np
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 from fa_reference.lesson import answer, recorded, style
+from fa_reference.meter import Meter
 
 style()
 torch.manual_seed(0)
 torch.set_num_threads(1)  # one core, for steadier timings
-
-
-class Meter(TorchDispatchMode):
-    """Watches every PyTorch operation: bytes moved (inputs + outputs, as in chapter 1), and the peak of bytes alive."""
-
-    def __init__(self):
-        super().__init__()
-        self.moved = self.alive = self.peak = 0
-        self.users = {}  # address of a buffer made inside -> number of tensors that look into it
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        result = func(*args, **(kwargs or {}))
-        tensors = [x for x in tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor)]
-        made = [x for x in tree_leaves(result) if isinstance(x, torch.Tensor)]
-        old = {x.untyped_storage().data_ptr() for x in tensors}
-        for x in made:
-            self.watch(x, new=x.untyped_storage().data_ptr() not in old)
-        if not (func.is_view or "unsafe_view" in str(func)):
-            self.moved += sum(x.nbytes for x in tensors + made)
-        return result
-
-    def watch(self, x, new):
-        address, size = x.untyped_storage().data_ptr(), x.untyped_storage().nbytes()
-        if new and address not in self.users:
-            self.users[address] = 0
-            self.alive += size
-            self.peak = max(self.peak, self.alive)
-        if address in self.users:
-            self.users[address] += 1
-            weakref.finalize(x, self.forget, address, size)
-
-    def forget(self, address, size):
-        self.users[address] -= 1
-        if self.users[address] == 0:
-            del self.users[address]
-            self.alive -= size
 
 
 def measured(forward, N, d=64, **options):
@@ -83,7 +46,7 @@ def measured(forward, N, d=64, **options):
         forward(q, k, v, **options)
     began = time.perf_counter()
     forward(q, k, v, **options)
-    return meter.peak, meter.moved, 1e3 * (time.perf_counter() - began)
+    return meter.peak, meter.moved_bytes, 1e3 * (time.perf_counter() - began)
 
 
 naive = answer(1, "naive.py")
@@ -250,10 +213,10 @@ print(f"4 blocks combined by their lse: largest difference to the whole {error:.
 # | online sum, then divide (Milakov and Gimelshein) | 2 | 2 | 4 |
 # | online sum *and* accumulated output | 1 | 0 | 1 |
 #
-# Chapter 1 counted four in all because it let the softmax kernel keep a whole row on chip and read it once. That
-# works while a row fits. The one-pass form needs no such luck: it holds one block of a row, however long the row is.
-# And since it needs each score only once, the score need not be stored: compute it, use it, forget it. That is the
-# step from one trip to none.
+# On this count chapter 1's three kernels make three trips (its fourth was the writing of $S$), because its softmax
+# kernel keeps a whole row on chip and reads it once. That works while a row fits. The one-pass form needs no such
+# luck: it holds one block of a row, however long the row is. And since it needs each score only once, the score need
+# not be stored: compute it, use it, forget it. That is the step from one trip to none.
 
 # %% [markdown]
 # ## Predict
@@ -282,6 +245,7 @@ my_prediction_blocks = 16  # your number, out of 32
 #
 # `State` is a named tuple: `state.m`, `state.l`, `state.acc`. Functions return a *new* state. `finite(m)` is given:
 # it is the trick for rows that have seen nothing. In `forward`, GQA and the causal limit of each query are given.
+# The state is float32 throughout, and unlike in chapter 1 $P$ stays in float32 here: only $O$ is rounded, at the end.
 #
 #     make check CHAPTER=2     # grade: says which property fails, on the smallest case
 #     make hint CHAPTER=2      # one hint more each time
@@ -338,8 +302,11 @@ for layer in LAYERS:
     real = load_activations(layer)
     scores = real.q[0, :, -128:].float() @ real.k[0, 0].float().T / 8
     names.append(f"layer {layer}")
-    first = float((scores.masked_fill(hidden, -torch.inf).argmax(-1) == 0).float().mean())
-    print(f"layer {layer:2d}: in {first:4.0%} of the rows the largest score is that of the very first token")
+    largest = scores.masked_fill(hidden, -torch.inf).argmax(-1)
+    first = float((largest == 0).float().mean())
+    latest = float((torch.arange(1920, 2048) - largest < 128).float().mean())
+    print(f"layer {layer:2d}: the largest score of a row is that of the very first token in {first:4.0%} of the rows,")
+    print(f"          of one of the latest 128 tokens in {latest:4.0%}")
     counts.append(changes(scores.masked_fill(hidden, -torch.inf).flatten(0, 1), 128))
 fig, ax = plt.subplots(figsize=(8, 3))
 ax.bar(names, counts, color=["#999999"] + ["#0072B2"] * len(LAYERS), width=0.6)
@@ -441,9 +408,10 @@ else:
     print_times(record, "llama", causal=True)
 
 # %% [markdown]
-# Look for the longest sequence in the second table: where a version runs out of memory, and which one of this chapter
-# and the last it is. Then look at the times: a kernel that never stores $S$ (the last column) does the same
-# arithmetic in a small part of them.
+# Look for the longest sequence in the second table: where a version runs out of memory, and which version it is. Then
+# look at the times: a kernel that never stores $S$ (the last column) does the same arithmetic (in the causal table
+# less of it) in a small part of them. (`explicit 16-bit` from $N = 8192$ to $N = 16384$ is the unexplained jump of
+# chapter 1.)
 #
 # ## What to add next
 #
@@ -453,6 +421,19 @@ else:
 #
 # Before you go on: `merge` needs both maxima. What breaks if every worker uses the constant $m = 0$, and what if it
 # uses an upper bound of its scores, such as $\lVert q \rVert \max_j \lVert k_j \rVert$?
+#
+# <details>
+# <summary>Answers</summary>
+#
+# With $m = 0$ everywhere the states merge by plain addition, and the formulas stay true; float32 does not. One score
+# above 88.7 makes $l$ infinite. And if all scores of a row are below about $-104$, every $e^{s_j}$ is 0, so $l = 0$ and
+# the row looks as if it had seen no key.
+#
+# With an upper bound (times the scale) nothing can overflow, no maximum has to be found, and nothing is ever rescaled.
+# But the bound may lie far above the true maximum: the further, the more digits and keys are lost to underflow, and
+# from a distance of about 104 on the whole row. The true maximum is the one reference for which $l \ge 1$ is certain.
+#
+# </details>
 #
 # ## Sources
 #

@@ -43,14 +43,13 @@ def update(state: State, scores_block: Tensor, values_block: Tensor) -> State:
     """The state after one more block of keys; neither the old state nor the blocks are changed.
 
     scores_block: (*rows, n) with n >= 1, already scaled, -inf where a key is not visible.
-    values_block: (n, d), or (..., n, d) with the leading dimensions of rows.
+    values_block: (n, d), or (..., n, d) with the leading dimensions of rows; float32 or a 16-bit dtype, as may be
+    scores_block. The sums are float32 in any case.
     """
     # TODO: replace this statement by your code.
     raise NotImplementedError(
-        "online_softmax.py: update: m_new = max(m, maximum of the block); multiply l and acc, which are sums "
-        "relative to the old maximum, by exp(m - m_new); add the block's exp(s - m_new) to l, and its product"
-        " with values_block to acc. m_new is -inf in a row that has seen no visible key: use finite(m_new) in"
-        " the exponents."
+        "online_softmax.py: update: the state after one more block: m, l and acc as in the lesson (also for "
+        "rows that have seen no key)."
     )
 
 
@@ -60,19 +59,13 @@ def merge(a: State, b: State) -> State:
     Associative and commutative, and empty_state is its identity: the keys may be split among workers in any way.
     """
     # TODO: replace this statement by your code.
-    raise NotImplementedError(
-        "online_softmax.py: merge: m = max(a.m, b.m); bring l and acc of both to this common maximum with "
-        "exp(a.m - m) and exp(b.m - m), and add. A row may be empty in both: use finite(m) in the exponents."
-    )
+    raise NotImplementedError("online_softmax.py: merge: the lesson's merge; mind rows that are empty in both.")
 
 
 def finalize(state: State) -> tuple[Tensor, Tensor]:
     """Output o (*rows, d) and lse (*rows), natural logarithm, float32; 0 and -inf for a row without visible keys."""
     # TODO: replace this statement by your code.
-    raise NotImplementedError(
-        "online_softmax.py: finalize: o = acc / l (the only division of the algorithm) and lse = m + log(l). "
-        "A row with l = 0 must give o = 0, not 0 / 0, and lse = -inf."
-    )
+    raise NotImplementedError("online_softmax.py: finalize: o and lse as in the lesson; mind rows that saw no key.")
 
 
 def softmax_hbm_bytes(rows: int, cols: int, head_dim: int, passes: int, bytes_per_element: int) -> int:
@@ -107,12 +100,11 @@ def forward(
     group = heads_q // k.shape[1]  # grouped-query attention as in chapter 1
     k = k.repeat_interleave(group, dim=1)
     v = v.repeat_interleave(group, dim=1)
-    # (N_q, 1): number of the last key that each query sees
+    # (N_q, 1): a query sees key j if j <= last_visible (past the end if not causal)
     last_visible = torch.arange(len_q, device=q.device)[:, None] + (len_k - len_q if causal else len_k)
 
     # TODO: replace this statement by your code.
     raise NotImplementedError(
-        "online_softmax.py: forward: start from empty_state; for each block of at most block_k keys (the last"
-        " may be shorter) compute the scores in float32, put -inf where a key's number exceeds last_visible, "
-        "and update. Then finalize, and return o in q's dtype, and lse."
+        "online_softmax.py: forward: attention as in the docstring, one block of keys after another; use the "
+        "functions above."
     )

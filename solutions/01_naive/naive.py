@@ -19,9 +19,7 @@ def stable_softmax(scores: Tensor) -> tuple[Tensor, Tensor]:
     Returns the probabilities (..., n) and lse (...), both float32: lse = log(sum_j exp(scores_j)), natural logarithm.
     A row that is -inf throughout has probabilities 0 and lse -inf.
     """
-    # BEGIN SOLUTION: stable_softmax: in float32, subtract each row's maximum m before exp, divide by the row sum l,
-    #: and return (probabilities, m + log(l)). A row of -inf must give 0 and -inf, never NaN: think
-    #: about (-inf) - (-inf).
+    # BEGIN SOLUTION: stable_softmax: the lesson's safe softmax, in float32; mind rows of -inf.
     scores = scores.float()
     m = scores.amax(dim=-1, keepdim=True)
     m = torch.where(m == float("-inf"), 0.0, m)  # any finite number will do: exp(-inf - finite) is 0
@@ -85,10 +83,7 @@ def forward(
     if len_k == 0:  # no keys at all: no row to take a maximum of
         return torch.zeros_like(q), torch.full((batch, heads_q, len_q), float("-inf"), device=q.device)
 
-    # BEGIN SOLUTION: forward: (1) repeat every head of k and v heads_q // heads_kv times, so that each query head has
-    #: its KV head; (2) S = scale * Q K^T in float32; (3) if causal, set the scores of invisible keys
-    #: to -inf; (4) stable_softmax; (5) round P to v's dtype, compute O = P V, and return O in q's
-    #: dtype, and lse.
+    # BEGIN SOLUTION: forward: attention as in the docstring; use stable_softmax.
     group = heads_q // heads_kv
     k = k.repeat_interleave(group, dim=1)
     v = v.repeat_interleave(group, dim=1)

@@ -46,12 +46,11 @@ def update(state: State, scores_block: Tensor, values_block: Tensor) -> State:
     """The state after one more block of keys; neither the old state nor the blocks are changed.
 
     scores_block: (*rows, n) with n >= 1, already scaled, -inf where a key is not visible.
-    values_block: (n, d), or (..., n, d) with the leading dimensions of rows.
+    values_block: (n, d), or (..., n, d) with the leading dimensions of rows; float32 or a 16-bit dtype, as may be
+    scores_block. The sums are float32 in any case.
     """
-    # BEGIN SOLUTION: update: m_new = max(m, maximum of the block); multiply l and acc, which are sums relative to the
-    #: old maximum, by exp(m - m_new); add the block's exp(s - m_new) to l, and its product with
-    #: values_block to acc. m_new is -inf in a row that has seen no visible key: use finite(m_new) in
-    #: the exponents.
+    # BEGIN SOLUTION: update: the state after one more block: m, l and acc as in the lesson (also for rows that have
+    #: seen no key).
     scores_block = scores_block.float()
     m_new = torch.maximum(state.m, scores_block.amax(dim=-1))
     reference = finite(m_new)
@@ -70,8 +69,7 @@ def merge(a: State, b: State) -> State:
 
     Associative and commutative, and empty_state is its identity: the keys may be split among workers in any way.
     """
-    # BEGIN SOLUTION: merge: m = max(a.m, b.m); bring l and acc of both to this common maximum with exp(a.m - m) and
-    #: exp(b.m - m), and add. A row may be empty in both: use finite(m) in the exponents.
+    # BEGIN SOLUTION: merge: the lesson's merge; mind rows that are empty in both.
     m = torch.maximum(a.m, b.m)
     reference = finite(m)
     rescale_a = torch.exp(a.m - reference)
@@ -86,8 +84,7 @@ def merge(a: State, b: State) -> State:
 
 def finalize(state: State) -> tuple[Tensor, Tensor]:
     """Output o (*rows, d) and lse (*rows), natural logarithm, float32; 0 and -inf for a row without visible keys."""
-    # BEGIN SOLUTION: finalize: o = acc / l (the only division of the algorithm) and lse = m + log(l). A row with l =
-    #: 0 must give o = 0, not 0 / 0, and lse = -inf.
+    # BEGIN SOLUTION: finalize: o and lse as in the lesson; mind rows that saw no key.
     l = torch.where(state.l == 0, 1.0, state.l)
     return state.acc / l[..., None], state.m + torch.log(l)
     # END SOLUTION
@@ -125,12 +122,11 @@ def forward(
     group = heads_q // k.shape[1]  # grouped-query attention as in chapter 1
     k = k.repeat_interleave(group, dim=1)
     v = v.repeat_interleave(group, dim=1)
-    # (N_q, 1): number of the last key that each query sees
+    # (N_q, 1): a query sees key j if j <= last_visible (past the end if not causal)
     last_visible = torch.arange(len_q, device=q.device)[:, None] + (len_k - len_q if causal else len_k)
 
-    # BEGIN SOLUTION: forward: start from empty_state; for each block of at most block_k keys (the last may be
-    #: shorter) compute the scores in float32, put -inf where a key's number exceeds last_visible, and
-    #: update. Then finalize, and return o in q's dtype, and lse.
+    # BEGIN SOLUTION: forward: attention as in the docstring, one block of keys after another; use the functions
+    #: above.
     state = empty_state((batch, heads_q, len_q), head_dim, q.device)
     for start in range(0, len_k, block_k):
         stop = min(start + block_k, len_k)

@@ -74,6 +74,12 @@ def softmax_is_right(answer: Any, scores: Tensor, bug: str) -> None:
     except CheckFailed as failure:
         raise CheckFailed(f"likely bug: {bug}\n{failure}\nfor {shown(scores)}") from None
     nothing = exact.amax(-1) == -INF
+    if (lse.isfinite() & nothing).any():
+        row = lse[lse.isfinite() & nothing][0]
+        raise CheckFailed(
+            f"likely bug: -inf became a finite number\nlse of a row of -inf must be -inf; it is {float(row):.6g} "
+            f"for {shown(scores)}"
+        )
     if not torch.equal(lse == -INF, nothing):
         raise CheckFailed(
             f"likely bug: {bug}\nlse must be -inf exactly in rows of -inf; it is {lse.tolist()} for {shown(scores)}"
@@ -119,13 +125,16 @@ def test_shift(answer):
         what = f"all scores + {shift:g} (seed {seed})"
         if not shifted_p.isfinite().all():
             way = "overflows" if shift > 0 else "underflows to a sum of 0"
-            raise CheckFailed(f"likely bug: the row maximum is not subtracted, so exp {way}\nprobabilities for {what}")
+            kind = "NaN" if shifted_p.isnan().any() else "infinity"
+            raise CheckFailed(
+                f"likely bug: the row maximum is not subtracted, so exp {way}\nprobabilities contain {kind} for {what}"
+            )
         close(shifted_p, p, f"probabilities for {what}")
         close(shifted_lse, lse + shift, f"lse for {what}, which must move by {shift:g}", tolerance=1e-6)
 
 
-@check("large scores do not overflow", points=2)
-def test_large_scores(answer):
+@check("softmax of large scores does not overflow", points=1)
+def test_softmax_of_large_scores(answer):
     bug = "the maximum of each row (not of the whole tensor) must be subtracted before exp"
     seed = fresh_seed()
     softmax_is_right(answer, torch.tensor([[100.0, 0.0]]), bug)
@@ -133,9 +142,6 @@ def test_large_scores(answer):
     softmax_is_right(answer, torch.tensor([[1000.0, 999.0], [-1000.0, -1001.0]]), bug)
     softmax_is_right(answer, torch.tensor([[3e38, -3e38, 0.0]]), bug)
     softmax_is_right(answer, random_scores(5, 40, seed=seed, size=300.0), bug + f"; seed {seed}")
-    for kind in ("large", "shifted"):
-        case = Case(len_q=4, len_k=9, head_dim=16, kind=kind, seed=seed)
-        properties.attention(answer, FILE, [case, case.but(len_q=33, len_k=70)], bug=bug, forbid=FORBIDDEN)
 
 
 @check("softmax of a row without keys is 0, its lse -inf", points=1)
@@ -170,14 +176,14 @@ def test_flops(answer):
         flops, right = answer.call(FILE, "attention_flops", len_q, len_k, d), 4 * len_q * len_k * d
         if flops == right:
             continue
-        told = {
+        known = {
             2 * len_q * len_k * d: "only one of the two products is counted, or a multiply-add as one operation",
             len_q * len_k * d: "each product has N_q N_k d multiplications and as many additions, and there are two",
-            2 * len_q * len_k * d + len_q * len_k: "2 N^2 d + N^2 is often told; it leaves out half of the work",
+            2 * len_q * len_k * d + len_q * len_k: "2 N^2 d + N^2 is often printed; it leaves out half of the work",
             4 * len_q * len_q * d: "N_k differs from N_q here",
             4 * len_k * len_k * d: "N_q differs from N_k here",
         }
-        words = f"likely bug: {told[flops]}\n" if flops in told else ""
+        words = f"likely bug: {known[flops]}\n" if flops in known else ""
         raise CheckFailed(f"{words}attention_flops({len_q}, {len_k}, {d}) returned {flops!r}, not {right}")
 
 
@@ -188,14 +194,18 @@ def test_bytes(answer):
         qkvo, s = 2 * len_q * d + 2 * len_k * d, len_q * len_k
         if moved == size * (qkvo + 4 * s):
             continue
-        told = {
+        known = {
             size * qkvo: "only Q, K, V and O are counted: S and P live in HBM too",
             size * (qkvo + 2 * s): "S and P are counted once each: each is written by one kernel and read by the next",
             size * (qkvo + 3 * s): "S is written, S is read, P is written, P is read: four times N_q N_k",
             qkvo + 4 * s: "this is the number of elements: multiply by bytes_per_element",
             size * (4 * len_q * d + 4 * s): "K and V have N_k rows, which differs from N_q here",
+            size * (qkvo + 4 * len_q**2): "S and P are N_q x N_k, and N_k differs from N_q here",
+            size
+            * (4 * len_q * d + 4 * len_q**2): "N_k differs from N_q here: K and V have N_k rows, S and P N_k columns",
+            size * (qkvo + 4 * len_k**2): "S and P are N_q x N_k, and N_q differs from N_k here",
         }
-        words = f"likely bug: {told[moved]}\n" if moved in told else ""
+        words = f"likely bug: {known[moved]}\n" if moved in known else ""
         raise CheckFailed(
             f"{words}naive_hbm_bytes({len_q}, {len_k}, {d}, {size}) returned {moved!r}, not {size * (qkvo + 4 * s)}"
         )
@@ -268,7 +278,7 @@ def test_causal(answer):
 def test_rows_without_keys(answer):
     seed = fresh_seed()
     cases = [
-        Case(len_q=3, len_k=2, head_dim=8, causal=True, seed=seed),
+        Case(len_q=5, len_k=2, head_dim=8, causal=True, seed=seed),
         Case(len_q=40, len_k=9, head_dim=16, causal=True, heads_q=2, heads_kv=1, seed=seed),
         Case(len_q=3, len_k=0, head_dim=8, seed=seed),
         Case(len_q=3, len_k=0, head_dim=8, causal=True, seed=seed),
@@ -286,6 +296,15 @@ def test_gqa(answer):
     ]
     bug = "query head h belongs to KV head h // (heads_q / heads_kv): consecutive query heads share"
     properties.attention(answer, FILE, cases, bug=bug, forbid=FORBIDDEN)
+
+
+@check("large scores do not overflow", points=1)
+def test_large_scores(answer):
+    seed = fresh_seed()
+    bug = "forward must leave exp to stable_softmax, which subtracts the maximum of each row"
+    for kind in ("large", "shifted"):
+        case = Case(len_q=4, len_k=9, head_dim=16, kind=kind, seed=seed)
+        properties.attention(answer, FILE, [case, case.but(len_q=33, len_k=70)], bug=bug, forbid=FORBIDDEN)
 
 
 @check("float16 and bfloat16 keep the error rule", points=1)
