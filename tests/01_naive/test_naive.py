@@ -69,10 +69,6 @@ def softmax_is_right(answer: Any, scores: Tensor, bug: str) -> None:
         if tensor.isnan().any():
             raise CheckFailed(f"likely bug: {bug}\n{name} contain NaN for {shown(scores)}")
     exact = scores.double()
-    try:
-        close(p, torch.softmax(exact, -1).nan_to_num(nan=0.0), "probabilities")
-    except CheckFailed as failure:
-        raise CheckFailed(f"likely bug: {bug}\n{failure}\nfor {shown(scores)}") from None
     nothing = exact.amax(-1) == -INF
     if (lse.isfinite() & nothing).any():
         row = lse[lse.isfinite() & nothing][0]
@@ -80,6 +76,10 @@ def softmax_is_right(answer: Any, scores: Tensor, bug: str) -> None:
             f"likely bug: -inf became a finite number\nlse of a row of -inf must be -inf; it is {float(row):.6g} "
             f"for {shown(scores)}"
         )
+    try:
+        close(p, torch.softmax(exact, -1).nan_to_num(nan=0.0), "probabilities")
+    except CheckFailed as failure:
+        raise CheckFailed(f"likely bug: {bug}\n{failure}\nfor {shown(scores)}") from None
     if not torch.equal(lse == -INF, nothing):
         raise CheckFailed(
             f"likely bug: {bug}\nlse must be -inf exactly in rows of -inf; it is {lse.tolist()} for {shown(scores)}"
