@@ -132,7 +132,15 @@ class Answer:
     def printed(self, lines: int = 5) -> str:
         """The last lines that the learner's code printed in this check."""
         text = self._log.read_bytes()[-4000:].decode(errors="replace")
-        return "\n".join(text.splitlines()[-lines:])
+        own, skip = [], False
+        for line in text.splitlines():
+            if "Warning: " in line and str(self.folder) not in line:  # a library's: two lines each
+                skip = True
+            elif skip and line.startswith("  "):
+                skip = False
+            else:
+                own.append(line)
+        return "\n".join(own[-lines:])
 
     def close(self) -> None:
         """Kill the child and everything it started."""
@@ -207,7 +215,8 @@ class Answer:
         status = self._workshop.status(pid)
         if status < 0:
             name = signal.Signals(-status).name
-            return f"the process running {function} was killed by {name}: out of memory, or a crash in native code"
+            why = "out of memory, or a write past the end of a tensor (in a kernel: a missing mask, too many programs)"
+            return f"the process running {function} was killed by {name}: {why}"
         return f"{function} ended the whole process with exit status {status} (os._exit?)"
 
     def _refuse_side_effects(self, function: str, args: tuple, answer: dict[str, Any]) -> None:

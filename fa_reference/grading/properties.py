@@ -56,7 +56,7 @@ def judged(o: Tensor, lse: Tensor, qkv: Sequence[Tensor], case: Case, bug: str =
     report = judge(o, lse, *qkv, **options)
     if report.passed:
         return
-    likely = diagnose(o, lse, *qkv, **options) or (f"likely bug: {bug}" if bug else "")
+    likely = diagnose(o, lse, *qkv, **options) or (f"this check is about: {bug}" if bug else "")
     lines = [likely] if likely else []
     raise CheckFailed("\n".join([*lines, _verdict(report), f"smallest failing case: {case}"]))
 

@@ -67,11 +67,14 @@ def _poison_new_tensors() -> None:
 
 def _where(error: BaseException, folder: Path) -> str:
     """File, line, function and code of the innermost frame in the learner's folder."""
-    frames = [f for f in traceback.extract_tb(error.__traceback__) if Path(f.filename).parent == folder]
+    frames = []
+    while error is not None:  # Triton's interpreter wraps what a kernel raised
+        frames += [f for f in traceback.extract_tb(error.__traceback__) if Path(f.filename).parent == folder]
+        error = error.__cause__
     if not frames:
         return ""
     frame = frames[-1]
-    return f" in {Path(frame.filename).name}, line {frame.lineno}, in {frame.name}:\n    {frame.line}"
+    return f" ({Path(frame.filename).name}, line {frame.lineno}, in {frame.name})\n    {frame.line}"
 
 
 def describe(error: BaseException, folder: Path) -> dict[str, str]:

@@ -53,7 +53,7 @@ X = Case(4, 4).make()[0]
     ("source", "words"),
     [
         ("def f(x:\n  pass", r"a.py, line 1: .*\n    def f\(x:"),
-        ("def f(x):\n    return y", r"NameError: name 'y' is not defined in a.py, line 2, in f:\n    return y"),
+        ("def f(x):\n    return y", r"NameError: name 'y' is not defined \(a.py, line 2, in f\)\n    return y"),
         ("def g(x): pass", "a.py has no function f"),
         ("def f(): pass", r"TypeError: f\(\) takes 0 positional arguments but 1 was given"),
         ("def f(x):\n    while True: pass", "did not finish within this check's 2 s: an endless loop?"),
@@ -185,6 +185,7 @@ RIGHT = {
         ({"lse": "(m + l.log()).squeeze(-1) / 0.6931471805599453"}, "lse is in base 2"),
         ({"lse": "l.log().squeeze(-1)"}, "lse lacks the maximum"),
         ({"o": "p @ v / l"}, "rows without a visible key give NaN"),
+        ({"o": "p @ v"}, "O is not divided by the row sum l"),
         ({"o": "(p.half() @ v.half() / torch.where(l == 0, 1, l).half()).float()"}, "not precise enough"),
     ],
 )
