@@ -183,7 +183,8 @@ def _not_finite(o: Tensor, lse: Tensor, gold_lse: Tensor) -> str | None:
         rows = bad.any(-1).nonzero()
         empty = (gold_lse == -torch.inf) & bad.any(-1)
         if empty.any() and not (bad.any(-1) & ~empty).any():
-            return "rows without a visible key give NaN: O must be 0 there and lse -inf (exp(-inf - -inf) and 0 / 0 are NaN)"
+            why = "exp(-inf - -inf) and 0 / 0 are NaN"
+            return f"rows without a visible key give NaN: O must be 0 there and lse -inf ({why})"
         if bad.all():
             return "O is NaN or infinite everywhere: was it written at all, or did an exponential overflow?"
         b, h, i = rows[0].tolist()
