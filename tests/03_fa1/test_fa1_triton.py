@@ -7,6 +7,7 @@ import torch
 from fa_reference.grading import CheckFailed, check, properties
 from fa_reference.grading.answer import Answer, attention_result
 from fa_reference.inputs import Case
+from fa_reference.triton_cpu import compile_forward
 
 FILE = "fa1_triton.py"
 TIMING = str(Path(__file__).resolve().parent.parent / "gpu_timing.py")
@@ -90,6 +91,19 @@ def test_writes_all(answer: Answer) -> None:
         if not result.isfinite().all():
             where = (~result.isfinite()).nonzero()[0].tolist()
             raise CheckFailed(f"{name} is not finite, first at {where}: is every row of every head written?")
+
+
+@check("compiles for a Hopper GPU", points=1)
+def test_compiles(answer: Answer) -> None:
+    # The interpreter runs Python, so it forgives what the compiler refuses: `break`, globals that are not constexpr.
+    q, k, v = Case(4, 4, dtype="float16").make()
+    answer.call(FILE, "forward", q, k, v, device="cuda" if answer.gpu else "cpu")  # written at all?
+    try:
+        kernels = compile_forward(answer.folder / FILE, "sm_90", head_dims=(64,), causal=(True,))
+    except (RuntimeError, TimeoutError) as error:
+        raise CheckFailed(str(error)) from None
+    if not kernels:
+        raise CheckFailed("forward launched no Triton kernel: launch the kernel of this file")
 
 
 @check("bad input is refused", points=1)

@@ -7,6 +7,7 @@ import torch
 from fa_reference.grading import CheckFailed, check, properties
 from fa_reference.grading.answer import Answer, attention_result
 from fa_reference.inputs import Case
+from fa_reference.triton_cpu import compile_forward
 
 FILE = "fa2_triton.py"
 TIMING = str(Path(__file__).resolve().parent.parent / "gpu_timing.py")
@@ -94,6 +95,34 @@ def test_writes_all(answer: Answer) -> None:
             if not result.isfinite().all():
                 where = (~result.isfinite()).nonzero()[0].tolist()
                 raise CheckFailed(f"{name} is not finite, first at {where}: does every block have a program?\n{case}")
+
+
+@check("skips the blocks above the diagonal", points=1)
+def test_skips(answer: Answer) -> None:
+    # 0 * NaN is NaN: a block of keys that is loaded and masked away, instead of skipped, spoils the rows.
+    q, k, v = Case(384, 384, dtype="float16", causal=True).make()
+    v[:, :, 256:] = torch.nan
+    device = "cuda" if answer.gpu else "cpu"
+    o, _ = attention_result(answer.call(FILE, "forward", q, k, v, causal=True, device=device), q)
+    spoiled = (~o[:, :, :256].isfinite()).any(dim=-1).nonzero()
+    if len(spoiled):
+        raise CheckFailed(
+            f"row {int(spoiled[0, -1])} sees no key from 256 on, where V is NaN here (384 queries, 384 keys, causal), "
+            "and still it is NaN: blocks that no row of the program sees must not be visited, as 0 * NaN is NaN"
+        )
+
+
+@check("compiles for a Hopper GPU", points=1)
+def test_compiles(answer: Answer) -> None:
+    # The interpreter runs Python, so it forgives what the compiler refuses: `break`, globals that are not constexpr.
+    q, k, v = Case(4, 4, dtype="float16").make()
+    answer.call(FILE, "forward", q, k, v, device="cuda" if answer.gpu else "cpu")  # written at all?
+    try:
+        kernels = compile_forward(answer.folder / FILE, "sm_90", head_dims=(64,), causal=(True,))
+    except (RuntimeError, TimeoutError) as error:
+        raise CheckFailed(str(error)) from None
+    if not kernels:
+        raise CheckFailed("forward launched no Triton kernel: launch the kernel of this file")
 
 
 @check("bad input is refused", points=1)
