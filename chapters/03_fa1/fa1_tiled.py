@@ -65,7 +65,7 @@ def fa1_head(
     raise NotImplementedError(
         "fa1_tiled.py: loop over blocks of K and V (outer) and of Q (inner); load K_j, V_j once per outer "
         "step and Q_i, O_i, l_i, m_i in the inner one with memory.load; update O_i, l_i, m_i and memory.store"
-        " them back. Mind the shorter last block and rows that have seen no key yet (m = -inf)"
+        " them back. Mind the shorter last block and rows that see no key at all (m = -inf)"
     )
 
 

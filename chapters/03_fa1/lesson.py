@@ -59,10 +59,10 @@ except OffChipAccess as error:
 Q_i = memory.load(Q, slice(0, 64))
 print("\nloaded so far:", memory.loaded, "| on chip now:", memory.sram_in_use, "bytes")
 try:
-    Q_all = memory.load(Q, slice(0, 512))
+    Q_all = memory.load(Q, slice(0, 256))
     S = Q_all @ Q_all.T
 except SramOverflow as error:
-    print("\nno room for the scores:", str(error)[:75], "...")
+    print("\nno room for the scores:", str(error).split(". ")[0])
 
 # %% [markdown]
 # Now naive attention through the same meter. Scores do not fit on chip, so they go to HBM; a block of rows at a time
@@ -75,7 +75,8 @@ def naive_counted(q, k, v, memory, rows_at_once=8):
     """Naive attention of one head: S and P pass through HBM. Returns O."""
     n, d = q.shape
     Q, K, V = memory.hbm("Q", q), memory.hbm("K", k), memory.hbm("V", v)
-    S, P, O = (memory.hbm(name, torch.empty(n, width)) for name, width in (("S", n), ("P", n), ("O", d)))
+    o = torch.empty(n, d)
+    S, P, O = memory.hbm("S", torch.empty(n, n)), memory.hbm("P", torch.empty(n, n)), memory.hbm("O", o)
     blocks = [slice(a, min(a + rows_at_once, n)) for a in range(0, n, rows_at_once)]
     K_all = memory.load(K, slice(0, n))
     for rows in blocks:
@@ -86,7 +87,7 @@ def naive_counted(q, k, v, memory, rows_at_once=8):
     V_all = memory.load(V, slice(0, n))
     for rows in blocks:
         memory.store(O, rows, memory.load(P, rows) @ V_all)
-    return O._data
+    return o
 
 
 n, d = 512, 64
@@ -101,7 +102,8 @@ print(f"sum: {naive_memory.traffic_bytes:,} bytes; formula of chapter 1: {naive_
 
 # %% [markdown]
 # At $N = 512$ already, S and P are nine tenths of the traffic; they grow with $N^2$ and the rest with $N$. On a GPU
-# this is what a memory-bound kernel looks like (recorded on a real card, if this copy of the course has results):
+# this is what a memory-bound kernel looks like (`explicit`: chapter 1's three 16-bit kernels). It was recorded on a
+# real card, if this copy of the course has results:
 
 # %%
 
@@ -201,7 +203,8 @@ plt.show()
 #
 # Two details decide whether it works on all inputs:
 # - the last block may be shorter than $B_c$ or $B_r$;
-# - a causal row may have seen no key yet. Then $m = -\infty$, and $-\infty - (-\infty)$ is NaN.
+# - a causal row may see no key at all (the first rows if $N_q > N_k$). Then $m = -\infty$, and $-\infty - (-\infty)$
+#   is NaN.
 #
 # ## 4. Count before you write
 #
@@ -272,7 +275,8 @@ print(f"\ncounted {fa1_memory.traffic_bytes:,} bytes, formula {formula:,}; naive
 # ### Traffic over the size of the on-chip memory
 #
 # The paper's figure, on the meter: the same head with several $M$. Dots are counted, lines are formulas. Blocks follow
-# `block_sizes(M, d)`.
+# `block_sizes(M, d)`. $M$ pays for the four tiles only, as in the paper; the meter also gets room for S, P and
+# temporaries (`sram_budget`).
 
 # %%
 n_small, d_small = 256, 32
@@ -289,7 +293,7 @@ meter = Memory(10**7)
 naive_counted(*small[:, 0, 0], meter)
 naive_bytes = meter.traffic_bytes
 
-grid = np.geomspace(sizes[0], 4 * sizes[-1], 60)
+grid = np.geomspace(sizes[0], 4 * sizes[-1], 2000)  # fine enough to show the steps of ceil(N / B_c)
 exact = [4 * fa1.fa1_hbm_elements(n_small, n_small, d_small, *fa1.block_sizes(int(m), d_small)) for m in grid]
 theta = [4 * 12 * n_small**2 * d_small**2 / m for m in grid]
 figure, ax = plt.subplots()
@@ -462,6 +466,31 @@ lse_kernel[(2,)](x, lse, 100, x.stride(0), ROWS=4, BLOCK=32)
 print("largest error:", (lse - torch.logsumexp(x, 1)).abs().max().item())
 
 # %% [markdown]
+# **Masks in the scores, dtypes, constants, more axes.** `tl.where` chooses element by element; mask scores, not K
+# (0 * -inf is NaN). `.to(dtype)` rounds. An `if` on a `tl.constexpr` is decided by the compiler. A grid may have up to
+# three axes: `tl.program_id(1)` is the number along the second.
+
+# %%
+
+
+@triton.jit
+def masked_kernel(s_ptr, y_ptr, columns, CAUSAL: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr):
+    i = tl.program_id(0) * ROWS + tl.arange(0, ROWS)  # the first axis of the grid: which rows
+    j = tl.program_id(1) * WIDTH + tl.arange(0, WIDTH)  # the second: which columns
+    inside = j[None, :] < columns
+    S = tl.load(s_ptr + i[:, None] * columns + j[None, :], mask=inside, other=0.0)
+    S = tl.where(j[None, :] < columns, S, float("-inf"))
+    if CAUSAL:
+        S = tl.where(j[None, :] <= i[:, None], S, float("-inf"))
+    tl.store(y_ptr + i[:, None] * columns + j[None, :], S.to(y_ptr.dtype.element_ty), mask=inside)
+
+
+s = torch.arange(24.0, device=device).reshape(4, 6)
+y = torch.empty(4, 6, device=device, dtype=torch.bfloat16)
+masked_kernel[(2, 2)](s, y, 6, CAUSAL=True, ROWS=2, WIDTH=4)  # 2 x 2 programs of 2 x 4 numbers
+print(y)
+
+# %% [markdown]
 # ## 8. Exercise two: `fa1_triton.py`
 #
 # Write `fa1_kernel` in `chapters/03_fa1/fa1_triton.py`, and `launch_grid`: one program per (batch, head). The kernel is
@@ -474,6 +503,10 @@ print("largest error:", (lse - torch.logsumexp(x, 1)).abs().max().item())
 # - Query head `h` reads key head `h // group` (grouped-query attention).
 # - Threads of a program run side by side: `tl.debug_barrier()` after the inner loop makes one pass's stores visible to
 #   the next pass's loads.
+# - Offsets of large tensors exceed 32 bits: `batch.to(tl.int64) * stride`.
+#
+# Without a GPU the interpreter forgives what the compiler refuses: `break`, and globals that are not `tl.constexpr`
+# (that is why `LN_2` is declared so); one check therefore compiles your kernel for a Hopper GPU.
 #
 # `make check CHAPTER=3` again. When it fails:
 # - **right for one block, wrong for two**: as before, the rescaling; or `k_start` is missing in an address.
@@ -504,7 +537,7 @@ print(f"bf16, causal, N = 100: largest error against float64 {(o16 - want).abs()
 # ## 9. What the GPU says
 #
 # Bytes first. Counted for the Triton kernel ($B_c = 2d$, 16-bit Q, K, V; O, l, m in float32) against naive attention
-# with 16-bit scores, which moves at least $8 N^2$ bytes a head:
+# with 16-bit scores (`explicit`), which moves at least $8 N^2$ bytes a head:
 
 # %%
 print("  d      N    naive (MB)   FA1 (MB)   ratio     (one head)")
@@ -522,9 +555,12 @@ if profile is None:
 else:
     cell = profile["cells"][0]
     print(f"\nMeasured on {profile['provenance']['device']}, {profile['provenance']['date'][:10]}: {cell['name']}")
+    heads = cell["batch"] * cell["heads_q"]
+    print(f"{cell['batch']} x {cell['heads_q']} heads, so {heads} times the table; fa2_triton is chapter 4")
     for entry in cell["entries"]:
-        if entry["name"] in ("naive", "fa1_triton", "fa2_triton") and "measured_bytes" in entry:
-            print(f"  {entry['name']:12} {entry['measured_bytes'] / 1e9:8.3f} GB between L2 and HBM")
+        if entry["name"] in ("explicit", "fa1_triton", "fa2_triton") and "measured_bytes" in entry:
+            measured, asked = entry["measured_bytes"] / 1e9, entry["counted_bytes"] / 1e9
+            print(f"  {entry['name']:12} {measured:8.3f} GB between L2 and HBM; counted {asked:8.3f} GB")
 
 # %% [markdown]
 # Fewer bytes. And the speed?
@@ -536,10 +572,10 @@ recorded_table(["explicit", "fa1_triton", "fa2_triton", "torch_fa2"], head_dim=1
 # %% [markdown]
 # ### Where the speed goes
 #
-# One program per (batch, head). An H100 has 132 SMs; a program runs on one of them. With 16 heads, 116 SMs watch. The
-# paper's grid at long sequences is exactly this case: 16k tokens in all means batch 1 at $N = 16{,}384$. Go back to the
-# table: as $N$ doubles, the number of programs halves. From which $N$ on does the speed halve, too, and how many
-# programs are that?
+# One program per (batch, head). An H100 has 132 SMs, and so has the H200; a program runs on one of them. With 16 heads,
+# 116 SMs watch. The paper's grid at long sequences is exactly this case ($d$ = 128; 32 programs for $d$ = 64): 16k
+# tokens in all means batch 1 at $N = 16{,}384$. Go back to the table: as $N$ doubles, the number of programs halves.
+# From which $N$ on does the speed halve, too, and how many programs are that?
 
 # %%
 sms = H100.sms

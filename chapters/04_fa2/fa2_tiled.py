@@ -25,8 +25,8 @@ def key_blocks(start: int, stop: int, len_q: int, len_k: int, block_k: int, caus
     # TODO: replace this statement by your code.
     raise NotImplementedError(
         "fa2_tiled.py: find how many keys the first query of the block sees, and how many the last one does "
-        "(between 0 and len_k); turn the first number into complete blocks and the second into blocks that "
-        "are touched"
+        "(between 0 and len_k); turn the first number into complete blocks (a shorter last block counts as "
+        "seen in full if all its keys are) and the second into blocks that are touched"
     )
 
 

@@ -55,7 +55,7 @@ _ = torch.manual_seed(0)
 # Chapter 3's algorithm on the meter: which tensors travel?
 
 # %%
-fa1 = lesson.solution(3, "fa1_tiled.py")
+fa1 = lesson.answer(3, "fa1_tiled.py")
 n, d, block_q, block_k = 512, 64, 64, 64
 q, k, v = torch.randn(3, 1, 1, n, d)
 fa1_memory = Memory(sram_budget(block_q, block_k, d))
@@ -162,8 +162,9 @@ plt.show()
 #
 # &emsp; $O_i \leftarrow \mathrm{diag}(l_i)^{-1} O_i$, $\; L_i = m_i + \log l_i$; store $O_i$ and $L_i$, once
 #
-# Why no division is allowed: the unnormalised $O_i$ is $\sum_j e^{S_{ij} - m_i} V_j$ over the keys seen so far, and
-# $l_i$ is the same sum without V. Both are corrected by the same factor when $m_i$ grows, so their quotient may wait.
+# Why the division may wait: the unnormalised $O_i$ is $\sum_j e^{S_{ij} - m_i} V_j$ over the keys seen so far, and
+# $l_i$ is the same sum without V. Both are corrected by the same factor when $m_i$ grows, so their quotient, taken once
+# at the end, is the same.
 #
 # ### What the division costs
 #
@@ -177,7 +178,7 @@ plt.show()
 class CountElements(TorchDispatchMode):
     """Adds up how many numbers every elementwise operation and reduction works on; matrix products are left out."""
 
-    ARITHMETIC = set("add mul div sub rsub exp log sum amax maximum where eq masked_fill".split())
+    ARITHMETIC = set("add mul div sub rsub exp log sum amax max maximum where eq masked_fill".split())
 
     def __init__(self):
         super().__init__()
@@ -187,7 +188,8 @@ class CountElements(TorchDispatchMode):
         result = func(*args, **(kwargs or {}))
         name = func.overloadpacket.__name__
         if name in self.ARITHMETIC:
-            work = max(t.numel() for t in (*args, result) if isinstance(t, torch.Tensor))
+            results = result if isinstance(result, tuple | list) else (result,)  # max gives values and indices
+            work = max(t.numel() for t in (*args, *results) if isinstance(t, torch.Tensor))
             self.elements[name] = self.elements.get(name, 0) + work
         return result
 
@@ -302,7 +304,7 @@ print(f"of these, masked: {masked:.3f} ({said(my_masked_fraction)})")
 
 # %% [markdown]
 # $T(T+1)/2$ of $T^2$: a little over half. So a causal kernel can be almost twice as fast, *if* it skips; and all but
-# one block in a row need no comparisons at all, if it has two loops.
+# one block in a row (for $B_r = B_c$) need no comparisons at all, if it has two loops.
 #
 # ### Bytes
 
@@ -335,8 +337,22 @@ plt.show()
 
 # %% [markdown]
 # FA2's bytes are mostly repeated reads of K and V, which L2 can serve; FA1's are mostly partial results, which are too
-# many to stay there. A larger $B_r$ means fewer reads; registers set the limit, as $O_i$ lives there.
-#
+# many to stay there. A larger $B_r$ means fewer reads; registers set the limit, as $O_i$ lives there. What a GPU's
+# counters say:
+
+# %%
+profile = lesson.recorded("hbm_bytes")
+if profile is None:
+    print("HBM bytes measured on a GPU: not recorded yet.")
+else:
+    cell = profile["cells"][0]
+    print(f"{profile['provenance']['device']}, {profile['provenance']['date'][:10]}: {cell['name']}")
+    for entry in cell["entries"]:
+        if entry["name"] in ("fa1_triton", "fa2_triton") and "measured_bytes" in entry:
+            asked, measured = entry["counted_bytes"] / 1e9, entry["measured_bytes"] / 1e9
+            print(f"  {entry['name']:12} {asked:7.3f} GB asked for, {measured:7.3f} GB between L2 and HBM")
+
+# %% [markdown]
 # ### "FlashAttention-2 is limited to 8k tokens"
 #
 # You may have read that. Nothing in the algorithm depends on $N$: on chip there are always the same few tiles. One
@@ -411,7 +427,7 @@ for b_h in (4, 8, 16, 32):
     print(f"{b_h:8} {ideal:13.0f} {schedule(short_first, sms):12.0f} {schedule(short_first[::-1], sms):12.0f}")
 
 # %% [markdown]
-# Long programs first: that is one line in the kernel (`block = last - program_id`).
+# Long programs first: that is one line in the kernel (`block = last - program_id`), and heads on axis 0 of the grid.
 #
 # ### GQA
 #
@@ -455,14 +471,15 @@ print(y)  # rows 3 and 4 of x[0], then zeros
 #
 # - `MASKED` is a `tl.constexpr`: an `if` on it is decided by the compiler, so the unmasked loop has no trace of a mask.
 # - The tail is a mask, too: the last block of keys may reach beyond $N_k$. Zeros from the descriptor are not enough: a
-#   key of zeros has score 0, and $e^0 = 1$.
+#   key of zeros has score 0, and $e^0 = 1$. Here the tail needs a mask, so `unmasked` counts only whole blocks, unlike
+#   in `key_blocks`.
 # - `tl.dot(P, V, O_i)` adds to `O_i` in the tensor cores: the addition costs nothing.
 # - Offsets of large tensors exceed 32 bits: `batch.to(tl.int64) * stride`.
 #
 # `make check CHAPTER=4`. When it fails:
 # - **wrong in the last block of rows only**: rows beyond $N_q$ must not be stored.
 # - **right without a mask, wrong with one**: which keys are `unmasked`? All rows of the block must see them.
-# - **NaN only if causal and $N_q > N_k$**: rows that have seen no key: guard the maximum in the masked loop.
+# - **NaN only if causal and $N_q > N_k$**: the first rows see no key at all: guard the maximum in the masked loop.
 # - **GQA**: `head // group` for K and V, `head` for Q, O and lse.
 
 # %%
@@ -510,7 +527,8 @@ for head_dim in (64, 128):
 # Read the table against three things that are often said:
 #
 # - *"FlashAttention-1 was slow because it did not use tensor cores."* Both kernels use the same instructions (chapter 3
-#   counted them). What changed from `fa1_triton` to `fa2_triton` is the order of loops and who does what.
+#   counted them). What changed from `fa1_triton` to `fa2_triton` is the order of loops and who does what,
+#   and that tiles now come by TMA.
 # - *"FlashAttention-2 reaches 500 to 600 TFLOP/s on an H100."* The column `torch_fa2` is that code, written for the
 #   A100: compare it with the card's 989. The Triton kernel is the same algorithm, but its compiler emits Hopper's
 #   `wgmma` and TMA. An algorithm has no TFLOP/s; a kernel on a card has.
@@ -536,7 +554,7 @@ else:
 # %% [markdown]
 # ## 11. The diff (read on when your checks pass)
 #
-# The whole step from chapter 3 to chapter 4, in the Python versions, without comments:
+# The whole step from chapter 3 to chapter 4, in the course's Python versions, without comments:
 
 # %%
 
@@ -548,7 +566,8 @@ def code_lines(function):
     return ast.unparse(tree).splitlines()[1:]
 
 
-before, after = code_lines(fa1.fa1_head), code_lines(fa2_solution.fa2_head)
+fa1_solution = lesson.solution(3, "fa1_tiled.py")
+before, after = code_lines(fa1_solution.fa1_head), code_lines(fa2_solution.fa2_head)
 print(
     "\n".join(line for line in difflib.unified_diff(before, after, lineterm="", n=1) if line[:3] not in ("---", "+++"))
 )

@@ -65,7 +65,7 @@ def fa1_head(
     """
     # BEGIN SOLUTION: loop over blocks of K and V (outer) and of Q (inner); load K_j, V_j once per outer step and Q_i,
     #: O_i, l_i, m_i in the inner one with memory.load; update O_i, l_i, m_i and memory.store them back. Mind the
-    #: shorter last block and rows that have seen no key yet (m = -inf)
+    #: shorter last block and rows that see no key at all (m = -inf)
     len_q, len_k = len(Q), len(K)
     for k_start in range(0, len_k, block_k):
         keys = slice(k_start, min(k_start + block_k, len_k))

@@ -23,7 +23,8 @@ def key_blocks(start: int, stop: int, len_q: int, len_k: int, block_k: int, caus
     not including, (b + 1) * block_k or len_k.
     """
     # BEGIN SOLUTION: find how many keys the first query of the block sees, and how many the last one does (between 0
-    #: and len_k); turn the first number into complete blocks and the second into blocks that are touched
+    #: and len_k); turn the first number into complete blocks (a shorter last block counts as seen in full if all its
+    #: keys are) and the second into blocks that are touched
     if not causal:
         return ceil(len_k / block_k), ceil(len_k / block_k)
     seen_by_first = min(max(start + 1 + len_k - len_q, 0), len_k)

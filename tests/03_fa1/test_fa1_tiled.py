@@ -136,13 +136,15 @@ def test_traffic(answer: Answer) -> None:
         expected = FP32 * elements(len_q, len_k, 32, block_k)
         if moved != expected:
             steps = ceil(len_k / block_k)
-            once = {"Q": FP32 * len_q * 32, "O": FP32 * len_q * 32, "l": FP32 * len_q, "m": FP32 * len_q}
+            once = {"K": FP32 * len_k * 32, "V": FP32 * len_k * 32}
+            once |= {"Q": FP32 * len_q * 32, "O": FP32 * len_q * 32, "l": FP32 * len_q, "m": FP32 * len_q}
             lines = [f"  {n}: loaded {_times(result.loaded, n, b)}, stored {_times(result.stored, n, b)} times over"
                      for n, b in once.items()]  # fmt: skip
             raise CheckFailed(
                 f"{moved} bytes moved, Algorithm 1 moves {expected} (len_q={len_q}, len_k={len_k}, d=32, "
-                f"block_q={block_q}, block_k={block_k}). In each of the {steps} outer steps Q is loaded once, and O, "
-                "l and m are loaded once and stored once. Yours:\n" + "\n".join(lines)
+                f"block_q={block_q}, block_k={block_k}). K and V are loaded once in all; in each of the "
+                f"{steps} outer steps Q is loaded once, and O, l and m are loaded once and stored once. Yours:\n"
+                + "\n".join(lines)
             )
 
 

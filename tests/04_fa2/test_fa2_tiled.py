@@ -59,9 +59,15 @@ def test_key_blocks(answer: Answer) -> None:
                 got = answer.call(FILE, "key_blocks", rows.start, rows.stop, len_q, len_k, block_k, causal)
                 expected = blocks_by_definition(rows, len_q, len_k, block_k, causal)
                 if not isinstance(got, tuple | list) or tuple(got) != expected:
+                    first, last = (int(sees(len_q, len_k, causal)[i].sum()) for i in (rows.start, rows.stop - 1))
+                    why = f"the first query sees {first} of {len_k} keys, the last one {last}; blocks of {block_k}"
+                    if len_k % block_k:
+                        whole, rest = divmod(len_k, block_k)
+                        seen = "seen in full" if first == len_k else "not seen in full by the first query"
+                        why += f": {whole + 1}, of which the last has {rest} and is {seen}"
                     raise CheckFailed(
                         f"key_blocks({rows.start}, {rows.stop}, len_q={len_q}, len_k={len_k}, block_k={block_k}, "
-                        f"causal={causal}) must be (unmasked, visited) = {expected}; it returned {got!r}"
+                        f"causal={causal}) must be (unmasked, visited) = {expected}; it returned {got!r}: {why}"
                     )
 
 
