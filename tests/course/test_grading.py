@@ -2,6 +2,7 @@
 
 import json
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -253,7 +254,7 @@ def test_a_change_inside_a_tuple_is_seen(ask):
 
 
 def test_a_reader_who_leaves_early_gets_no_traceback():
-    command = f"{sys.executable} -m fa_reference check 1 --solution | head -2"
+    command = f"{shlex.quote(sys.executable)} -m fa_reference check 1 --solution | head -2"
     done = subprocess.run(command, shell=True, cwd=ROOT, capture_output=True, text=True, timeout=120, check=False)
     assert "Grading" in done.stdout and "Error" not in done.stdout + done.stderr
 
