@@ -10,7 +10,7 @@ from math import ceil, log2
 import torch
 from torch import Tensor
 
-from fa_reference.gold import default_scale, gold_attention
+from fa_reference.gold import default_scale, gold_attention, softmax_times_values, visible
 
 BLOCKS = (16, 32, 64, 128)
 # A suspect is named if the output lies this many times closer to it than to the truth.
@@ -29,6 +29,9 @@ class Problem:
         self.swapped = [x.double().repeat(1, group, 1, 1) for x in (k, v)]
         self.scale = default_scale(q.shape[-1]) if scale is None else scale
         self.len_q, self.len_k = q.shape[2], k.shape[2]
+        self.scores = self.q @ self.k.mT * self.scale
+        if causal:
+            self.scores.masked_fill_(~visible(range(self.len_q), self.len_q, self.len_k), -torch.inf)
 
     def attention(
         self,
@@ -55,33 +58,20 @@ class Problem:
         if zero_keys:
             scores = torch.nn.functional.pad(scores, (0, zero_keys))
             v = torch.nn.functional.pad(v, (0, 0, 0, zero_keys))
-        if scores.shape[-1] == 0:
-            return torch.zeros_like(self.q), torch.full(self.q.shape[:3], -torch.inf, dtype=torch.float64)
-        lse = torch.logsumexp(scores, -1)
-        return torch.exp(scores - lse[..., None].nan_to_num(neginf=0.0)) @ v, lse
+        return softmax_times_values(scores, v)
 
     def undivided(self) -> Tensor:
         """o without its division: the sum of exp(S - m) V, with m the row's maximum."""
-        o, lse = self.attention()
-        scores = self.q @ self.k.mT * self.scale
-        if self.causal:
-            i = torch.arange(self.len_q)[:, None]
-            hidden = torch.arange(self.len_k)[None, :] > i + self.len_k - self.len_q
-            scores = scores.masked_fill(hidden, -torch.inf)
-        m = scores.amax(-1).nan_to_num(neginf=0.0)
+        o, lse = softmax_times_values(self.scores, self.v)
+        m = self.scores.amax(-1).nan_to_num(neginf=0.0)
         return o * torch.exp(lse - m)[..., None]
 
     def online(self, block: int, *, rescale_o: bool = True, rescale_l: bool = True, inverted: bool = False) -> Tensor:
         """o of a blockwise online softmax with the rescaling of O, of l, or its sign broken."""
-        scores = self.q @ self.k.mT * self.scale
-        if self.causal:
-            i = torch.arange(self.len_q)[:, None]
-            hidden = torch.arange(self.len_k)[None, :] > i + self.len_k - self.len_q
-            scores = scores.masked_fill(hidden, -torch.inf)
         m = torch.full((*self.q.shape[:3], 1), -torch.inf, dtype=torch.float64)
         l, o = torch.zeros_like(m), torch.zeros_like(self.q)
         for start in range(0, self.len_k, block):
-            s = scores[..., start : start + block]
+            s = self.scores[..., start : start + block]
             m_new = torch.maximum(m, s.amax(-1, keepdim=True))
             safe = m_new.nan_to_num(neginf=0.0)
             p, alpha = torch.exp(s - safe), torch.exp(m - safe)
@@ -165,11 +155,7 @@ def _distance(x: Tensor, y: Tensor) -> float:
 
 
 def _lse_bugs(lse: Tensor, gold: Tensor, p: Problem) -> Iterator[tuple[str, Tensor]]:
-    scores = p.q @ p.k.mT * p.scale
-    if p.causal:
-        i = torch.arange(p.len_q)[:, None]
-        scores = scores.masked_fill(torch.arange(p.len_k)[None, :] > i + p.len_k - p.len_q, -torch.inf)
-    maximum = scores.amax(-1) if p.len_k else torch.full_like(gold, -torch.inf)
+    maximum = p.scores.amax(-1) if p.len_k else torch.full_like(gold, -torch.inf)
     yield "lse is in base 2: the natural logarithm is wanted (multiply by ln 2)", gold * log2(torch.e)
     yield "lse lacks the maximum: lse = m + log(l)", gold - maximum
     yield "lse is the maximum alone: lse = m + log(l)", maximum
