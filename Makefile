@@ -53,12 +53,15 @@ reset: $(READY) ## put a chapter's stubs back, keeping a backup of your files: C
 lab: $(READY) ## open the lessons in JupyterLab [CHAPTER=1] [ARGS="--no-browser --port 8890"]
 	$(COURSE) lab $${CHAPTER:+--chapter "$$CHAPTER"} $(ARGS)
 
+# Tests run side by side where pytest-xdist is there; a file's stay together, as they share what they compile.
+SIDE_BY_SIDE = $(shell "$(COURSE_PYTHON)" -c 'import xdist' 2>/dev/null && echo '-n auto --maxprocesses 8 --dist loadfile')
+
 .PHONY: bench test doctor
 bench: $(READY) ## race all versions [IMPL=folder adds yours] [ARGS="--help" lists the options]
 	$(COURSE) bench $${IMPL:+--impl "$$IMPL"} $(ARGS)
 
 test: $(READY) ## test the course itself (not your answers) [ARGS="-k readme"]
-	@exec "$$COURSE_PYTHON" -m pytest $(ARGS)
+	@exec "$$COURSE_PYTHON" -m pytest $(SIDE_BY_SIDE) $(ARGS)
 
 doctor: $(READY) ## what this machine has, and which chapters can be graded on it
 	$(COURSE) doctor
