@@ -7,14 +7,15 @@ bugs, against float64; one that hangs or is wrong is left out of the race. cuda/
 
 import argparse
 import concurrent.futures
+import dataclasses
 import itertools
 import random
 import statistics
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
-from types import ModuleType
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT), str(ROOT / "cuda")]
@@ -26,11 +27,12 @@ from fa_reference.bench.contenders import Contender  # noqa: E402
 from fa_reference.bench.grid import Cell  # noqa: E402
 from fa_reference.bench.timing import ROUNDS, SLICE_MS, SPIN_MS  # noqa: E402
 from fa_reference.kernels import cache_folder, compiler_version  # noqa: E402
+from fa_reference.kernels.attention_host import AttentionKernel  # noqa: E402
 from fa_reference.versions import load_file  # noqa: E402
 
 KERNELS = {  # name -> (chapter, file, title)
     "attention": (6, "06_hopper_engines/attention.py", "one warpgroup"),
-    "two_stage_unspecialised": (6, "06_hopper_engines/two_stage_unspecialised.py", "two stages, no specialisation"),
+    "two_stage_unspecialised": (9, "09_two_stage/two_stage_unspecialised.py", "two stages, no specialisation"),
     "warp_specialised": (7, "07_warp_specialised/warp_specialised.py", "warp specialisation"),
     "pingpong": (8, "08_pingpong/pingpong.py", "+ pingpong"),
     "fa3": (9, "09_two_stage/fa3.py", "+ two stages"),
@@ -95,13 +97,14 @@ SHAPES = (
 )
 
 
-def module(name: str) -> ModuleType:
-    """The host side of a kernel or of a variant "kernel:change", a module of its own for each."""
+def host(name: str) -> AttentionKernel:
+    """The host side of a kernel or of a variant "kernel:change"."""
     kernel, _, change = name.partition(":")
-    host = load_file(ROOT / "solutions" / KERNELS[kernel][1])
+    module = load_file(ROOT / "solutions" / KERNELS[kernel][1])
     if change == "176":
-        host.BLOCK_K = 176
-    return host
+        module.BLOCK_K = 176  # which shared_bytes reads
+        return dataclasses.replace(module.KERNEL, block_k=176)
+    return module.KERNEL
 
 
 def source(name: str) -> Path:
@@ -130,7 +133,7 @@ def build(name: str, causal: bool) -> str:
         config = fa3_forward.CONFIGS[128, causal]
         report = fa3_forward.compile_config(config, causal=causal, dtype=torch.bfloat16).report
     else:
-        report = module(name).build(128, torch.bfloat16, causal, source=source(name)).report
+        report = host(name).build(128, torch.bfloat16, causal, source=source(name)).report
     spills = any(used.spill_store_bytes + used.spill_load_bytes for used in report.kernels.values())
     return f"{name}: {report.describe()}" if spills or report.notes else ""
 
@@ -140,7 +143,7 @@ def check(name: str) -> int:
     from fa_reference.error_rule import judge
     from fa_reference.inputs import Case
 
-    hosts = {label: module(label) for label in (name, *(v for v in VARIANTS if v.startswith(f"{name}:")))}
+    hosts = {label: host(label) for label in (name, *(v for v in VARIANTS if v.startswith(f"{name}:")))}
     for debug in (True, False):
         worst, judged, started = 0.0, 0, time.perf_counter()
         for head_dim, causal, shape in itertools.product((128, 64), (False, True), SHAPES):
@@ -204,8 +207,8 @@ def contenders(failed: set[str]) -> tuple[list[Contender], list[dict]]:
 
     from fa_reference.bench.peers import peer_contenders
 
-    def bind(host: ModuleType, options: dict):
-        return lambda q, k, v, causal: (lambda: host.forward(q, k, v, causal=causal, **options), "")
+    def bind(forward: Callable, options: dict):
+        return lambda q, k, v, causal: (lambda: forward(q, k, v, causal=causal, **options), "")
 
     columns = []
     for name in (*KERNELS, *VARIANTS):
@@ -213,9 +216,9 @@ def contenders(failed: set[str]) -> tuple[list[Contender], list[dict]]:
         chapter, file, title = KERNELS[kernel]
         if kernel not in failed:
             title, group = (VARIANTS[name][0], "variant") if name in VARIANTS else (title, "course")
-            column = bind(module(name), {"source": source(name)})
+            column = bind(host(name).forward, {"source": source(name)})
             columns.append(Contender(name, title, group, column, chapter=chapter, file=Path(file).name))
-    columns.append(Contender("fa3_forward", "cuda/fa3_forward", "course", bind(fa3_forward, {})))
+    columns.append(Contender("fa3_forward", "cuda/fa3_forward", "course", bind(fa3_forward.forward, {})))
     peers, absent = peer_contenders(["torch_fa2", "cudnn", "fa3"])
     official = {"fa3": "fa3_official"}  # chapter 9 is called fa3 here
     columns += [

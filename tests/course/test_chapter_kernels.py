@@ -28,12 +28,12 @@ from fa_reference.versions import load_file
 FOLDER = ROOT / "solutions"
 KERNELS = {
     "attention": "06_hopper_engines/attention.py",
-    "two_stage_unspecialised": "06_hopper_engines/two_stage_unspecialised.py",
+    "two_stage_unspecialised": "09_two_stage/two_stage_unspecialised.py",
     "warp_specialised": "07_warp_specialised/warp_specialised.py",
     "pingpong": "08_pingpong/pingpong.py",
     "fa3": "09_two_stage/fa3.py",
 }
-MODULES = {name: load_file(FOLDER / file) for name, file in KERNELS.items()}
+HOSTS = {name: load_file(FOLDER / file).KERNEL for name, file in KERNELS.items()}
 SPECIALISED = ("warp_specialised", "pingpong", "fa3")
 TWO_STAGE = ("two_stage_unspecialised", "fa3")
 VARIANTS = [
@@ -62,7 +62,7 @@ def builds():
 
     def build(variant):
         name, head_dim, causal, dtype = variant
-        return MODULES[name].build(head_dim, dtype, causal)
+        return HOSTS[name].build(head_dim, dtype, causal)
 
     with ThreadPoolExecutor() as pool:
         return dict(zip(VARIANTS, pool.map(build, VARIANTS), strict=True))
@@ -86,7 +86,7 @@ def test_the_instructions_of_the_technique_are_there(builds, variant):
     name, head_dim = variant[:2]
     cubin = builds[variant].cubin
     counts = count_instructions(cubin)
-    products = head_dim // 16 + MODULES[name].BLOCK_K // 16  # Q K^T and P V of one block
+    products = head_dim // 16 + HOSTS[name].block_k // 16  # Q K^T and P V of one block
     # The two-stage kernels have the first S before the loop and the last P V behind it. More would mean that the
     # compiler copied the loop, fewer that a product is missing.
     assert counts["HGMMA"] == (2 if name in TWO_STAGE else 1) * products
@@ -116,17 +116,17 @@ def exponentials_between_the_waits(cubin: bytes) -> list[int]:
 def test_softmax_stands_where_p_v_is_still_running(builds, variant):
     """The compiler moves it behind the wait otherwise: right results, and no overlap inside a warpgroup."""
     (count,) = exponentials_between_the_waits(builds[variant].cubin)
-    assert count >= MODULES[variant[0]].BLOCK_K // 2
+    assert count >= HOSTS[variant[0]].block_k // 2
 
 
 def test_without_the_pin_it_does_not_stand_there():
     """That the check above can fail, and that the pin is what makes it pass."""
-    module = MODULES["fa3"]
-    text = module.SOURCE.read_text()
+    host = HOSTS["fa3"]
+    text = host.source.read_text()
     line = "        if (never) pin(s);\n"
     assert text.count(line) == 1
     unpinned = written("unpinned.cu", text.replace(line, ""))
-    (count,) = exponentials_between_the_waits(module.build(128, torch.bfloat16, False, source=unpinned).cubin)
+    (count,) = exponentials_between_the_waits(host.build(128, torch.bfloat16, False, source=unpinned).cubin)
     assert count < 8
 
 
@@ -139,50 +139,50 @@ def test_the_variants_of_the_ablation_compile():
             ablation.VARIANTS
         )
     for name, (_, changes) in ablation.VARIANTS.items():
-        host = KERNELS[name.partition(":")[0]]
-        original = (FOLDER / host).with_suffix(".cu").read_text()
+        file = KERNELS[name.partition(":")[0]]
+        original = (FOLDER / file).with_suffix(".cu").read_text()
         assert (ablation.source(name).read_text() == original) == (not changes)
 
 
 @pytest.mark.parametrize("name", KERNELS)
 def test_debug_build_has_bounded_waits(builds, name):
-    module = MODULES[name]
-    assert b"fa_deadlock_record" in module.build(128, torch.bfloat16, False, debug=True).cubin
+    host = HOSTS[name]
+    assert b"fa_deadlock_record" in host.build(128, torch.bfloat16, False, debug=True).cubin
     assert b"fa_deadlock_record" not in builds[name, 128, False, torch.bfloat16].cubin
-    names = module.SOURCE.read_text().partition("enum BarrierName {")[2].partition("}")[0]
-    assert tuple(barrier.strip().lower() for barrier in names.split(",")) == module.BARRIER_NAMES
+    names = host.source.read_text().partition("enum BarrierName {")[2].partition("}")[0]
+    assert tuple(barrier.strip().lower() for barrier in names.split(",")) == host.barriers
 
 
 @pytest.mark.parametrize("name", [name for name in KERNELS if name != "two_stage_unspecialised"])
 def test_the_stub_compiles_and_lacks_the_technique(name):
     """Without what the learner writes nothing is multiplied and nobody waits: the kernel ends, with a wrong result."""
-    module = MODULES[name]
-    stub = written(f"stub_{name}.cu", cut(module.SOURCE.read_text(), module.SOURCE.name))
+    host = HOSTS[name]
+    stub = written(f"stub_{name}.cu", cut(host.source.read_text(), host.source.name))
     assert "SOLUTION" not in stub.read_text()
     assert "TODO" in stub.read_text()
-    counts = count_instructions(module.build(128, torch.bfloat16, True, source=stub).cubin)
+    counts = count_instructions(host.build(128, torch.bfloat16, True, source=stub).cubin)
     assert counts["HGMMA"] == 0
     assert counts["UTMALDG"] == 0
 
 
 @pytest.mark.parametrize("name", KERNELS)
 def test_shared_memory_fits(name):
-    module = MODULES[name]
+    host = HOSTS[name]
     blocks = 2 if name == "attention" else 1
-    for head_dim in module.HEAD_DIMS:
+    for head_dim in host.head_dims:
         # An SM has 228 KiB, of which each block takes 1 KiB more than it asks for.
-        assert blocks * (module.shared_bytes(head_dim) + 1024) <= 228 * 1024
-        defines = {"FA_HEAD_DIM": head_dim, "FA_BLOCK_K": module.BLOCK_K, "FA_CAUSAL": 0, "FA_BF16": 1}
-        defines |= {"FA_STAGES": module.STAGES} if hasattr(module, "STAGES") else {}
-        probe = f'#include "{module.SOURCE}"\nstatic_assert(sizeof(Shared) <= {module.shared_bytes(head_dim)});\n'
-        probe += f"static_assert(kThreads == {module.THREADS} && kBlockQ == {module.BLOCK_Q});\n"
+        assert blocks * (host.shared_bytes(head_dim) + 1024) <= 228 * 1024
+        defines = {"FA_HEAD_DIM": head_dim, "FA_BLOCK_K": host.block_k, "FA_STAGES": host.stages}
+        defines |= {"FA_CAUSAL": 0, "FA_BF16": 1}
+        probe = f'#include "{host.source}"\nstatic_assert(sizeof(Shared) <= {host.shared_bytes(head_dim)});\n'
+        probe += f"static_assert(kThreads == {host.threads} && kBlockQ == {host.block_q});\n"
         file = written(f"probe_{name}_{head_dim}.cu", probe)
         compile_kernel(file, defines=defines, include_dirs=[ROOT / "cuda"])
 
 
 def test_the_sources_are_short_enough_to_read():
-    for module in MODULES.values():
-        assert len(module.SOURCE.read_text().splitlines()) <= 330
+    for host in HOSTS.values():
+        assert len(host.source.read_text().splitlines()) <= 330
 
 
 @pytest.mark.parametrize(
@@ -196,7 +196,7 @@ def test_the_sources_are_short_enough_to_read():
 )
 def test_the_difference_is_the_lesson(before, after, most):
     """Lines taken out and put in from one chapter to the next."""
-    one, other = (MODULES[name].SOURCE.read_text().splitlines() for name in (before, after))
+    one, other = (HOSTS[name].source.read_text().splitlines() for name in (before, after))
     changes = [line for line in difflib.ndiff(one, other) if line[0] in "+-"]
     assert 10 <= len(changes) <= most
 
@@ -219,7 +219,7 @@ def qkv(**changes):
 )
 def test_bad_input_is_refused_before_any_launch(name, inputs, words):
     with pytest.raises(ValueError) as caught:
-        MODULES[name].forward(*inputs)
+        HOSTS[name].forward(*inputs)
     for word in words:
         assert word in str(caught.value)
 
@@ -262,7 +262,7 @@ def test_numbers(name, head_dim, dtype, causal, debug):
     for batch, heads_q, heads_kv, len_q, len_k, kind, layout in CASES:
         case = Case(len_q, len_k, batch, heads_q, heads_kv, head_dim, dtype, causal, kind=kind, layout=layout)
         q, k, v = case.make("cuda")
-        o, lse = MODULES[name].forward(q, k, v, causal=causal, debug=debug)
+        o, lse = HOSTS[name].forward(q, k, v, causal=causal, debug=debug)
         report = judge(o, lse, q, k, v, causal=causal)
         assert report.passed, (case, report)
 
@@ -271,7 +271,7 @@ def test_numbers(name, head_dim, dtype, causal, debug):
 @pytest.mark.parametrize("name", KERNELS)
 def test_every_run_gives_the_same_bits(name):
     q, k, v = (torch.randn(2, 8, 1111, 128, device="cuda").bfloat16() for _ in range(3))
-    first = MODULES[name].forward(q, k, v, causal=True)
+    first = HOSTS[name].forward(q, k, v, causal=True)
     for _ in range(20):
-        for one, other in zip(first, MODULES[name].forward(q, k, v, causal=True), strict=True):
+        for one, other in zip(first, HOSTS[name].forward(q, k, v, causal=True), strict=True):
             assert torch.equal(one, other)
