@@ -8,13 +8,22 @@ ROOT = Path(__file__).resolve().parent.parent
 
 @dataclass(frozen=True)
 class Chapter:
-    """One chapter: `files` are the learner's files, cut from the solution's files of the same names."""
+    """One chapter: `files` are the learner's files, cut from the solution's files of the same names.
+
+    `given` lie beside them, whole, because a learner's kernel needs them (its host's side): nothing is cut or graded.
+    """
 
     number: int
     slug: str
     title: str
     hours: float
     files: tuple[str, ...]
+    given: tuple[str, ...] = ()
+
+    @property
+    def all_files(self) -> tuple[str, ...]:
+        """Everything that the course puts into the learner's folder beside lesson and hints."""
+        return (*self.files, *self.given)
 
     @property
     def folder(self) -> str:

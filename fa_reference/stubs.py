@@ -102,7 +102,7 @@ def stub_text(where: Chapter, file: str) -> str:
 def write_stubs(where: Chapter, folder: Path) -> None:
     """Write all stubs of a chapter into `folder` (made if missing), replacing what is there."""
     folder.mkdir(parents=True, exist_ok=True)
-    for file in where.files:
+    for file in where.all_files:
         (folder / file).write_text(stub_text(where, file), encoding="utf-8")
 
 
@@ -130,7 +130,7 @@ def generate() -> int:
     """
     ledger = _ledger()
     for where in CHAPTERS:
-        for file in where.files:
+        for file in where.all_files:
             key, text, path = f"{where.folder}/{file}", stub_text(where, file), where.room / file
             if not path.exists() or is_untouched(where, file):
                 same = path.exists() and path.read_text(encoding="utf-8") == text
@@ -151,7 +151,7 @@ def drifted(folder: Path | None = None) -> list[str]:
     return [
         f"{where.folder}/{file}"
         for where in CHAPTERS
-        for file in where.files
+        for file in where.all_files
         if not (path := root / where.folder / file).exists()
         or path.read_text(encoding="utf-8") != stub_text(where, file)
     ]
@@ -171,11 +171,11 @@ def reset(number: int) -> int:
     """
     where = chapter(number)
     try:
-        _ = [stub_text(where, file) for file in where.files]
+        _ = [stub_text(where, file) for file in where.all_files]
     except StubError as error:
         print(f"cannot reset: {error}")
         return 2
-    changed = [f for f in where.files if (where.room / f).exists() and not is_untouched(where, f)]
+    changed = [f for f in where.all_files if (where.room / f).exists() and not is_untouched(where, f)]
     if changed:
         backup = BACKUPS / where.folder / datetime.now().strftime("%Y-%m-%d_%H-%M-%S-%f")
         backup.mkdir(parents=True)
@@ -183,5 +183,5 @@ def reset(number: int) -> int:
             shutil.copy2(where.room / file, backup / file)
         print(f"Your {', '.join(changed)} {'is' if len(changed) == 1 else 'are'} kept in {backup.relative_to(ROOT)}/")
     write_stubs(where, where.room)
-    print(f"Fresh stubs in {where.room.relative_to(ROOT)}/: {', '.join(where.files)}")
+    print(f"Fresh stubs in {where.room.relative_to(ROOT)}/: {', '.join(where.all_files)}")
     return 0

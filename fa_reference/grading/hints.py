@@ -42,7 +42,7 @@ def is_open(where: Chapter, exercise: Exercise) -> bool:
     """True while the learner's function still contains the stub's TODO."""
     path = where.room / exercise.file
     source = path.read_text(encoding="utf-8", errors="replace") if path.exists() else ""
-    if path.suffix == ".cu":
+    if path.suffix in (".cu", ".cuh"):
         pattern, todo = rf"^[^\n/]*\b{exercise.function}\([^;{{]*\{{.*?^\}}", "// TODO"
     else:
         pattern, todo = rf"^def {exercise.function}\b.*?(?=^(?:def|class|@|[A-Z_]+ =)|\Z)", "# TODO"

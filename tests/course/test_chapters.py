@@ -68,7 +68,7 @@ def test_the_lesson_runs(where: Chapter):
 
 
 def test_every_version_exists_and_is_a_file_of_its_chapter():
-    files = {where.number: where.files for where in CHAPTERS}
+    files = {where.number: where.all_files for where in CHAPTERS}
     for version in VERSIONS.values():
         assert (version.home / version.file).is_file()
         assert version.chapter is None or version.file in files[version.chapter]

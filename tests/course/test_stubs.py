@@ -106,11 +106,18 @@ def test_reset_keeps_a_backup_each_time(course, capsys):
     assert len(list((course / ".course" / "backup").rglob("a.py"))) == 2, "an untouched stub needs no backup"
 
 
+def test_given_files_come_whole(course):
+    where = Chapter(1, "double", "Doubling", 1.0, ("a.py",), ("host.py",))
+    (where.solution / "host.py").write_text("HOST = 1\n")
+    stubs.write_stubs(where, where.room)
+    assert (where.room / "host.py").read_text() == "HOST = 1\n"
+
+
 def test_every_learners_file_has_a_region():
     for where in CHAPTERS:
         for file in where.files:
             text = stubs.stub_text(where, file)
-            todo = "// TODO" if file.endswith(".cu") else "# TODO"
+            todo = "// TODO" if file.endswith((".cu", ".cuh")) else "# TODO"
             assert todo in text, f"{file} leaves the learner nothing to write"
             if file.endswith(".py"):
                 compile(text, file, "exec")
