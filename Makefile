@@ -66,7 +66,10 @@ test: $(READY) ## test the course itself (not your answers) [ARGS="-k readme"]
 doctor: $(READY) ## what this machine has, and which chapters can be graded on it
 	$(COURSE) doctor
 
-.PHONY: lessons stubs lint setup clean-env
+.PHONY: mutants lessons stubs lint setup clean-env
+mutants: $(READY) ## for contributors: all wrong and correct answers against all checks [CHAPTER=1] [ARGS="--help"]
+	@exec "$$COURSE_PYTHON" -m fa_reference.grading.kill_matrix $${CHAPTER:+--chapter "$$CHAPTER"} $(ARGS)
+
 lessons: $(READY) ## for contributors: execute the lessons and write the notebooks [CHAPTER=1] [CHECK=1 only compares]
 	$(COURSE) lessons $${CHAPTER:+--chapter "$$CHAPTER"} $${CHECK:+--check}
 

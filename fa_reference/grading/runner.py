@@ -11,7 +11,7 @@ from fa_reference.course import Chapter
 from fa_reference.grading.answer import Answer, Workshop
 from fa_reference.grading.check import NEEDS, CheckFailed
 from fa_reference.grading.progress import record_progress
-from fa_reference.grading.report import FAILED, NOT_GRADED, PASSED, Outcome, Report
+from fa_reference.grading.report import COMPILED, FAILED, NOT_GRADED, PASSED, RAN, Outcome, Report
 
 OK, SOMETHING_FAILED, WRONG_CALL = 0, 1, 2
 
@@ -33,13 +33,50 @@ def _missing(needs: str | None) -> str | None:
     return None
 
 
+def workshop_for(where: Chapter) -> Workshop:
+    """A workshop with what this chapter's files import loaded."""
+    return Workshop(["fa_reference.triton_cpu"] if any("triton" in f for f in where.files) else [])
+
+
+def graded_file(where: Chapter, checks: Path) -> str:
+    """The learner's file that a test module grades: test_naive.py is about naive.py (or naive.cu)."""
+    stem = checks.stem.removeprefix("test_")
+    return next(file for file in where.files if Path(file).stem == stem)
+
+
+def skip_if_not_graded_here(item: pytest.Item) -> None:
+    """Skip a check, with the reason, that needs other hardware."""
+    reason = _missing(item.get_closest_marker("check").kwargs["needs"])
+    if reason:
+        pytest.skip(reason)
+
+
+def verdict(item: pytest.Item, call: pytest.CallInfo) -> tuple[str, str] | None:
+    """One of the three outcomes and its message, if this phase of a check decides it."""
+    if call.when == "setup" and call.excinfo is not None:
+        return FAILED, f"the check could not start (a bug of the course): {call.excinfo.value}"
+    if call.when != "call":
+        return None
+    if call.excinfo is None:
+        return PASSED, ""
+    reason = _skip_reason(call)
+    return (NOT_GRADED, reason) if reason is not None else (FAILED, _words(call.excinfo.value, item))
+
+
+def _gpu_name(state: str) -> str:
+    """The GPU that a check ran on; empty for one that did not run."""
+    import torch
+
+    return "" if state == NOT_GRADED else torch.cuda.get_device_name()
+
+
 class GradingPlugin:
     """The pytest plugin that gives checks their `answer` and collects outcomes."""
 
     def __init__(self, where: Chapter, folder: Path, report: Report) -> None:
         self.folder = folder
         self.report = report
-        self.workshop = Workshop(["fa_reference.triton_cpu"] if any("triton" in f for f in where.files) else [])
+        self.workshop = workshop_for(where)
 
     @pytest.fixture
     def answer(self) -> Answer:
@@ -49,43 +86,31 @@ class GradingPlugin:
         answer.close()
 
     def pytest_configure(self, config: pytest.Config) -> None:
-        config.addinivalue_line("markers", "check(name, points, needs): a graded check")
+        config.addinivalue_line("markers", "check(name, points, needs, compiled): a graded check")
 
     @pytest.hookimpl(wrapper=True)
     def pytest_runtest_makereport(self, item: pytest.Item, call: pytest.CallInfo) -> pytest.TestReport:
         report = yield
-        if call.when == "setup" and call.excinfo is not None:
-            self._add(item, FAILED, f"the check could not start (a bug of the course): {call.excinfo.value}")
-        if call.when == "call":
-            reason = _skip_reason(call)
-            if call.excinfo is None:
-                self._add(item, PASSED, "")
-            elif reason is not None:
-                self._add(item, NOT_GRADED, reason)
-            else:
-                self._add(item, FAILED, _words(call.excinfo.value, item))
+        if outcome := verdict(item, call):
+            self._add(item, *outcome)
         return report
 
     def pytest_runtest_call(self, item: pytest.Item) -> None:
-        reason = _missing(item.get_closest_marker("check").kwargs["needs"])
-        if reason:
-            pytest.skip(reason)
-
-    def _graded_file(self, item: pytest.Item) -> str:
-        """The learner's file that a test module grades: test_naive.py is about naive.py (or naive.cu)."""
-        stem = item.path.stem.removeprefix("test_")
-        return next(file for file in self.report.where.files if Path(file).stem == stem)
+        skip_if_not_graded_here(item)
 
     def pytest_collection_modifyitems(self, items: list[pytest.Item]) -> None:
         order = self.report.where.files
-        items.sort(key=lambda item: order.index(self._graded_file(item)))
+        items.sort(key=lambda item: order.index(graded_file(self.report.where, item.path)))
 
     def _add(self, item: pytest.Item, state: str, message: str) -> None:
         mark = item.get_closest_marker("check").kwargs
-        file = self._graded_file(item)
+        file = graded_file(self.report.where, item.path)
         answer = item.funcargs.get("answer")
         printed = answer.printed() if state == FAILED and answer is not None else ""
-        self.report.add(Outcome(mark["name"], file, mark["points"], state, message, printed))
+        if state == PASSED and answer is not None:
+            message = "\n".join(answer.remarks)
+        how = COMPILED if mark["compiled"] else RAN if mark["needs"] is None else _gpu_name(state)
+        self.report.add(Outcome(mark["name"], file, mark["points"], state, message, printed, how))
 
 
 def _skip_reason(call: pytest.CallInfo) -> str | None:

@@ -1,0 +1,149 @@
+"""The kill matrix: every mutant and every correct variant against every check that reads its file.
+
+`python -m fa_reference.grading.kill_matrix` prints it, says which mutants survive and which correct variants fail, and
+with --write keeps it in results/kill_matrix_DEVICE.json, from which the page beside the mutants is made.
+"""
+
+import argparse
+import json
+import platform
+import re
+import sys
+import time
+from collections.abc import Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fa_reference.course import CHAPTERS, ROOT
+from fa_reference.grading.kill_page import write_page
+from fa_reference.grading.mutants import ANYWHERE, BadMutant, Patched, read_answers
+from fa_reference.grading.report import NOT_GRADED
+from fa_reference.grading.trials import Trial, problem, run_apart
+
+RESULTS = ROOT / "results"
+
+
+def device_name() -> str:
+    """The GPU's name, or cpu."""
+    return torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
+
+
+def record_path(device: str) -> Path:
+    """Where the matrix of a device is kept."""
+    return RESULTS / f"kill_matrix_{re.sub('[^a-z0-9]+', '-', device.lower().removeprefix('nvidia ')).strip('-')}.json"
+
+
+def run_matrix(answers: Sequence[Patched], everything: bool, jobs: int) -> dict[str, list[Trial]]:
+    """Trials by answer, keyed `chapter label`; every process takes answers of one chapter."""
+    parts = []
+    for number in sorted({a.where_it_lives.number for a in answers}):
+        labels = [a.label for a in answers if a.where_it_lives.number == number]
+        share = max(1, -(-len(labels) // jobs)) if jobs > 1 else len(labels)
+        parts += [(number, labels[i : i + share], everything) for i in range(0, len(labels), share)]
+    trials: dict[str, list[Trial]] = {key(a): [] for a in answers}
+    for done in run_apart(parts, jobs):
+        for trial in done:
+            trials[f"{trial.chapter} {trial.answer}"].append(trial)
+    return trials
+
+
+def key(answer: Patched) -> str:
+    """`chapter label`: unique in the course."""
+    return f"{answer.where_it_lives.number} {answer.label}"
+
+
+def entry(answer: Patched, runs: Sequence[Sequence[Trial]]) -> dict[str, Any]:
+    """What is recorded of one answer: the state of every check that ran, and whether it was the same in every run."""
+    first = runs[0]
+    states = {f"{t.checked_in}: {t.check}": t.state for t in first}
+    own = next((t for t in first if (t.checked_in, t.check) == (answer.checked_in, answer.check)), None)
+    return {
+        "chapter": answer.where_it_lives.number,
+        "answer": answer.label,
+        "bug": answer.bug,
+        "where": answer.where,
+        "check": f"{answer.checked_in}: {answer.check}" if answer.is_mutant else "",
+        "states": states,
+        "message": own.message if own else "",
+        "problem": problem(answer, first),
+        "same_in_every_run": all({f"{t.checked_in}: {t.check}": t.state for t in r} == states for r in runs[1:]),
+    }
+
+
+def write_record(entries: Sequence[dict[str, Any]], repetitions: int, seconds: float) -> Path:
+    """Write the entries of whole chapters to the device's record, in place of what it held about these chapters."""
+    device = device_name()
+    path = record_path(device)
+    old = json.loads(path.read_text(encoding="utf-8"))["chapters"] if path.exists() else {}
+    about = {"date": datetime.now(UTC).date().isoformat(), "repetitions": repetitions, "seconds": round(seconds)}
+    about |= {"python": platform.python_version(), "torch": torch.__version__}
+    for number in sorted({e["chapter"] for e in entries}):
+        old[str(number)] = {**about, "answers": [e for e in entries if e["chapter"] == number]}
+    chapters = dict(sorted(old.items(), key=lambda item: int(item[0])))
+    data = {"schema_version": 1, "device": device, "chapters": chapters}
+    path.write_text(json.dumps(data, indent=1) + "\n", encoding="utf-8")
+    return path
+
+
+def _show(answer: Patched, e: dict[str, Any], trials: Sequence[Trial], talkative: bool) -> None:
+    killers = [t for t in trials if t.kills]
+    not_here = e["states"].get(e["check"]) == NOT_GRADED
+    mark = "✗" if e["problem"] else "–" if not_here else "✓"
+    kind = "mutant" if answer.is_mutant else "variant"
+    print(f"{mark} {answer.where_it_lives.number} {kind} {answer.label}: {len(killers)} of {len(trials)} checks fail")
+    if e["problem"]:
+        print(f"    {e['problem']}")
+    for t in killers if talkative else ():
+        print(f"    [{t.checked_in}: {t.check}] {t.message}")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The command: 0 if every answer was judged as it should be, in every repetition; 1 if not, 2 for a wrong call."""
+    parser = argparse.ArgumentParser(prog="kill_matrix", description=__doc__.splitlines()[0])
+    parser.add_argument("--chapter", type=int, nargs="*", help="only these chapters")
+    parser.add_argument("--only", default="", help="only answers with this text in `file: name`")
+    parser.add_argument("--where", nargs="*", help="only mutants seen there: any, gpu, hopper")
+    parser.add_argument("--quick", action="store_true", help="each mutant runs only the check that must kill it")
+    parser.add_argument("--repeat", type=int, default=1, help="run all of it so many times")
+    parser.add_argument("--jobs", type=int, default=1, help="processes at once")
+    parser.add_argument("--messages", action="store_true", help="print what each failing check says")
+    parser.add_argument("--write", action="store_true", help="keep the result in results/ and make the page")
+    options = parser.parse_args(arguments)
+    try:
+        answers = [
+            a for c in CHAPTERS for a in read_answers(c.number) if not options.chapter or c.number in options.chapter
+        ]
+        _ = [a.source() for a in answers]
+    except BadMutant as error:
+        print(f"cannot run: {error}")
+        return 2
+    answers = [a for a in answers if options.only in a.label]
+    answers = [a for a in answers if options.where is None or (a.is_mutant and a.where in options.where)]
+    if not answers:
+        print("cannot run: no mutant or variant fits")
+        return 2
+    began = time.monotonic()
+    runs = [run_matrix(answers, not options.quick, options.jobs) for _ in range(options.repeat)]
+    entries = []
+    for answer in answers:
+        e = entry(answer, [run[key(answer)] for run in runs])
+        _show(answer, e, runs[0][key(answer)], options.messages)
+        entries.append(e)
+    bad = [e for e in entries if e["problem"] or not e["same_in_every_run"]]
+    mutants = sum(a.is_mutant for a in answers)
+    elsewhere = sum(a.where != ANYWHERE for a in answers)
+    print(
+        f"{mutants} mutants ({elsewhere} need a GPU), {len(answers) - mutants} correct variants, on {device_name()}: "
+        f"{len(bad)} judged wrongly or not always alike, {options.repeat} runs, {time.monotonic() - began:.0f} s"
+    )
+    if options.write:
+        print(f"wrote {write_record(entries, options.repeat, time.monotonic() - began)}")
+        print(f"wrote {write_page()}")
+    return 1 if bad else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
