@@ -8,6 +8,7 @@
 #pragma once
 #include "base.cuh"
 #include "deadlock.cuh"
+#include "trace.cuh"
 
 // Sets the number of arrivals that complete a phase. One thread, once; then mbarrier_init_fence and __syncthreads.
 __device__ __forceinline__ void mbarrier_init(u64* barrier, u32 arrivals) {
@@ -46,12 +47,14 @@ __device__ __forceinline__ bool mbarrier_try_wait(u64* barrier, u32 parity) {
 
 // Blocks until the phase of this parity has completed. Acquire semantics: bytes that TMA counted on this barrier, and
 // what the arriving threads wrote before, are visible afterwards; no proxy fence is needed.
-// `name` and `iteration` are only used by the debug build (deadlock.cuh).
+// `name` and `iteration` are only used by the debug and the tracing build (deadlock.cuh, trace.cuh).
 __device__ __forceinline__ void mbarrier_wait(u64* barrier, u32 parity, u32 name = 0, u32 iteration = 0) {
+    trace_event(TRACE_MBARRIER, name, iteration);
 #ifdef FA_DEBUG
     bounded_wait([&] { return mbarrier_try_wait(barrier, parity); }, name, parity, iteration);
 #else
     while (!mbarrier_try_wait(barrier, parity)) {
     }
 #endif
+    trace_event(TRACE_MBARRIER_DONE, name, iteration);
 }

@@ -5,9 +5,12 @@
 // PTX ISA: "bar, barrier" (barrier.sync and barrier.arrive).
 #pragma once
 #include "base.cuh"
+#include "trace.cuh"
 
 __device__ __forceinline__ void named_barrier_sync(u32 barrier, u32 threads) {
+    trace_event(TRACE_BARRIER, barrier);
     asm volatile("barrier.sync.aligned %0, %1;" ::"r"(barrier), "r"(threads) : "memory");
+    trace_event(TRACE_BARRIER_DONE, barrier);
 }
 
 __device__ __forceinline__ void named_barrier_arrive(u32 barrier, u32 threads) {

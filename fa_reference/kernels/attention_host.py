@@ -151,7 +151,7 @@ class AttentionKernel:
             )
             problem = Problem(len_q, len_k, heads_q // heads_kv, scale, *o.stride()[:3])
             pointers = (ctypes.c_void_p(o.data_ptr()), ctypes.c_void_p(lse.data_ptr()))
-            kernel = _loaded(self, head_dim, q.dtype, causal, debug, source or self.source)
+            kernel = loaded(self, head_dim, q.dtype, causal, debug, source or self.source)
             grid = (math.ceil(len_q / self.block_q), heads_q, batch)
             kernel.launch(q.device.index, grid, Arguments(*maps, *pointers, problem, *extra))
         if debug:
@@ -174,8 +174,9 @@ class AttentionKernel:
 
 
 @cache
-def _loaded(
+def loaded(
     kernel: AttentionKernel, head_dim: int, dtype: torch.dtype, causal: bool, debug: bool, source: os.PathLike[str]
 ) -> LoadedKernel:
+    """The variant on the GPU, the same one that `launch` uses."""
     compiled = kernel.build(head_dim, dtype, causal, debug=debug, source=Path(source))
     return LoadedKernel(compiled, ENTRY, threads=kernel.threads, shared_bytes=kernel.shared_bytes(head_dim))

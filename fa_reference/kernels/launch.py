@@ -91,14 +91,24 @@ class LoadedKernel:
         )
         _check(status, f"launching {self.name} with grid {tuple(grid)}")
 
+    def _global(self, name: str) -> tuple[object, int]:
+        """Address and size in bytes of a __device__ variable of the kernel's file; waits for the GPU."""
+        torch.cuda.synchronize()
+        status, address, size = self._driver.cuLibraryGetGlobal(self._library, name.encode())
+        _check(status, f"finding the variable {name}")
+        return address, int(size)
+
+    def clear_global(self, name: str) -> None:
+        """Fill a __device__ variable of the kernel's file with zero bytes."""
+        address, size = self._global(name)
+        (status,) = self._driver.cuMemsetD8(address, 0, size)
+        _check(status, f"clearing the variable {name}")
+
     def read_global(self, name: str, count: int) -> list[int]:
         """The first `count` 32-bit words of a __device__ variable of the kernel's file; waits for the GPU."""
-        driver = self._driver
-        torch.cuda.synchronize()
-        status, address, size = driver.cuLibraryGetGlobal(self._library, name.encode())
-        _check(status, f"finding the variable {name}")
+        address, size = self._global(name)
         words = (ctypes.c_uint32 * count)()
-        (status,) = driver.cuMemcpyDtoH(ctypes.addressof(words), address, min(int(size), ctypes.sizeof(words)))
+        (status,) = self._driver.cuMemcpyDtoH(ctypes.addressof(words), address, min(size, ctypes.sizeof(words)))
         _check(status, f"reading the variable {name}")
         return list(words)
 

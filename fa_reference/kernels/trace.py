@@ -1,0 +1,200 @@
+"""Record an in-kernel timeline: compile a tracing build of a chapter's kernel, run it, read its marks, draw them.
+
+On an H100 or H200:
+
+    python -m fa_reference.kernels.trace                  # chapters 7, 8, 9 into results/
+    python -m fa_reference.kernels.trace 9 --head-dim 64 --out folder
+
+writes trace_<chapter>_<device>.json (format: fa_reference/hopper/trace.py; ui.perfetto.dev opens it) and a figure, and
+prints what the consumers' time went to. The kernels are not changed: the wrappers in cuda/hopper note when they begin
+and end (trace.cuh), and start and end of the kernel are inserted into a copy of its source.
+"""
+
+import argparse
+import statistics
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from fa_reference.bench.record import RESULTS, provenance, slug
+from fa_reference.course import ROOT
+from fa_reference.hopper.trace import Span, plot_trace, write_trace
+from fa_reference.kernels.attention_host import AttentionKernel, loaded
+from fa_reference.kernels.compile import CompiledKernel, cache_folder
+from fa_reference.kernels.spans import Event, Kind, TraceBroken, shares, spans_of
+from fa_reference.versions import load_file
+
+KERNELS = {  # chapter -> host file
+    6: "06_hopper_engines/attention.py",
+    7: "07_warp_specialised/warp_specialised.py",
+    8: "08_pingpong/pingpong.py",
+    9: "09_two_stage/fa3.py",
+}
+WARPGROUPS, SLOTS = 4, 65536  # as in trace.cuh
+BLOCKS = 4  # recorded, from FIRST_BLOCK on: by then every SM has finished some
+KEY_BLOCKS, HEADS = 64, 16
+CYCLES, EVERYTHING = 1, 2  # levels of FA_TRACE
+
+
+def kernel_of(chapter: int) -> AttentionKernel:
+    """The solution's kernel of a chapter, 6 to 9."""
+    return load_file(ROOT / "solutions" / KERNELS[chapter]).KERNEL
+
+
+def instrument(source: Path, *, level: int, producer: bool, first_block: int, blocks: int = BLOCKS) -> Path:
+    """A copy of a kernel's file, in the cache, that records; ValueError if the places for the two marks are not there.
+
+    level: CYCLES or EVERYTHING. producer: warpgroup 0 is a producer. first_block, blocks: which are recorded.
+    """
+    text = source.read_text()
+    entry = text.find("__global__")
+    anchor = "*reinterpret_cast<Shared*>(shared_bytes);\n"
+    place = text.find(anchor, entry)
+    if min(entry, place) < 0 or not text.rstrip().endswith("}"):
+        raise ValueError(f"{source.name} has no `{anchor.strip()}` in its kernel, or does not end with it")
+    place += len(anchor)
+    defines = {
+        "FA_TRACE": level,
+        "FA_TRACE_PRODUCER": int(producer),
+        "FA_TRACE_FIRST_BLOCK": first_block,
+        "FA_TRACE_BLOCKS": blocks,
+    }
+    text = (
+        "".join(f"#define {name} {value}\n" for name, value in defines.items())
+        + '#include "hopper/trace.cuh"\n#line 1\n'
+        + text[:place]
+        + "    trace_start();\n"
+        + text[place:].rstrip()[:-1]
+        + "    trace_end();\n}\n"
+    )
+    file = cache_folder() / "trace" / f"{source.stem}_{level}_{first_block}_{blocks}.cu"
+    file.parent.mkdir(parents=True, exist_ok=True)
+    if not file.exists() or file.read_text() != text:
+        file.write_text(text)
+    return file
+
+
+def traced_source(kernel: AttentionKernel, level: int, first_block: int, blocks: int = BLOCKS) -> Path:
+    """`instrument` for a chapter's kernel: it has a producer if it has more threads than its rows need."""
+    producer = kernel.threads > 2 * kernel.block_q
+    return instrument(kernel.source, level=level, producer=producer, first_block=first_block, blocks=blocks)
+
+
+def build(kernel: AttentionKernel, head_dim: int, dtype: torch.dtype, level: int = EVERYTHING) -> CompiledKernel:
+    """A tracing build without running it: needs no GPU."""
+    return kernel.build(head_dim, dtype, False, source=traced_source(kernel, level, 0))
+
+
+def decode(words: Sequence[Sequence[int]]) -> list[Event]:
+    """Events of one warpgroup, in order, from its slots: (slots, 2) of 32-bit words, (0, 0) where nothing was noted."""
+    noted = [(clock, code) for clock, code in words if code]
+    clocks = sorted(clock for clock, _ in noted)
+    # The clock has 32 bits: if it came round meanwhile, the widest gap is where the record begins.
+    gaps = [(b - a, b) for a, b in zip(clocks, clocks[1:] + [clocks[0] + 2**32], strict=True)] if clocks else []
+    first = max(gaps)[1] % 2**32 if gaps else 0
+    events = [
+        Event((clock - first) % 2**32 + first, Kind(code & 15), code >> 4 & 255, code >> 12) for clock, code in noted
+    ]
+    return sorted(events, key=lambda event: event.clock)
+
+
+def record(
+    kernel: AttentionKernel, head_dim: int, dtype: torch.dtype, *, level: int = EVERYTHING, key_blocks: int = KEY_BLOCKS
+) -> list[list[list[Event]]]:
+    """Run a tracing build on random input, not causal; events by recorded block and warpgroup. Needs a Hopper GPU."""
+    length = key_blocks * kernel.block_k
+    shape = (1, length, HEADS, head_dim)
+    q, k, v = (torch.randn(shape, device="cuda", dtype=dtype).transpose(1, 2) for _ in range(3))
+    sms = torch.cuda.get_device_properties(q.device).multi_processor_count
+    blocks_in_grid = HEADS * (-(-length // kernel.block_q))
+    source = traced_source(kernel, level, min(4 * sms, max(0, blocks_in_grid // 2 - BLOCKS)))
+    for _ in range(3):
+        kernel.forward(q, k, v)  # the release build, so that clocks and caches are as in a benchmark
+    kernel.forward(q, k, v, source=source)
+    found = loaded(kernel, head_dim, dtype, False, False, source)
+    found.clear_global("fa_trace_events")
+    kernel.forward(q, k, v, source=source)
+    words = found.read_global("fa_trace_events", 2 * BLOCKS * WARPGROUPS * SLOTS)
+    slots = torch.tensor(words, dtype=torch.int64).view(BLOCKS, WARPGROUPS, SLOTS, 2)
+    used = kernel.threads // 128
+    return [[decode(one[one[:, 1] != 0].tolist()) for one in block[:used]] for block in slots]
+
+
+def name_warpgroups(kernel: AttentionKernel, events: Sequence[Sequence[Event]]) -> dict[str, Sequence[Event]]:
+    """Events of a block by track: "producer" and "consumer 0", "consumer 1", or "warpgroup"."""
+    if len(events) == 1:
+        return {"warpgroup": events[0]}
+    return {"producer" if w == 0 else f"consumer {w - 1}": events[w] for w in range(len(events))}
+
+
+def cycles_of(events: Sequence[Sequence[Event]]) -> int:
+    """Clocks from a block's start to its end."""
+    clocks = [event.clock for one in events for event in one if event.kind in (Kind.START, Kind.END)]
+    if len(clocks) < 2:
+        raise TraceBroken(f"a block has {len(clocks)} marks for start and end")
+    return max(clocks) - min(clocks)
+
+
+def middle(spans: Sequence[Span], iterations: int = 4) -> tuple[float, float]:
+    """From when to when a figure should show: some iterations from the middle of a block."""
+    softmax = [s for s in spans if s.name == "softmax"]
+    first = softmax[0].track
+    starts = [s.start for s in softmax if s.track == first]
+    at = len(starts) // 2
+    return starts[at], starts[min(at + iterations, len(starts) - 1)]
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """The command line."""
+    parser = argparse.ArgumentParser(description="Record in-kernel timelines of the chapters' kernels on a Hopper GPU.")
+    parser.add_argument("chapters", nargs="*", type=int, default=[7, 8, 9])
+    parser.add_argument("--head-dim", type=int, default=128, choices=(64, 128))
+    parser.add_argument("--out", type=Path, default=RESULTS)
+    options = parser.parse_args(arguments)
+    options.out.mkdir(parents=True, exist_ok=True)
+    for chapter in options.chapters:
+        kernel = kernel_of(chapter)
+        everything = record(kernel, options.head_dim, torch.bfloat16)
+        cycles = [cycles_of(block) for block in everything]
+        release = statistics.median(
+            cycles_of(block) for block in record(kernel, options.head_dim, torch.bfloat16, level=CYCLES)
+        )
+        slower = statistics.median(cycles) / release - 1
+        chosen = sorted(range(BLOCKS), key=lambda b: cycles[b])[BLOCKS // 2]
+        spans = spans_of(name_warpgroups(kernel, everything[chosen]), kernel.barriers)
+        tracks = list(dict.fromkeys(s.track for s in spans if s.name == "softmax"))
+        went_to = {track: {k: round(v, 4) for k, v in shares(spans, track).items()} for track in tracks}
+        device = provenance([])["device"]
+        suffix = "" if options.head_dim == 128 else f"_d{options.head_dim}"
+        path = options.out / f"trace_{chapter:02}{suffix}_{slug(device)}.json"
+        write_trace(
+            path,
+            spans,
+            source=device,
+            chapter=chapter,
+            kernel=kernel.source.name,
+            shape={"len": KEY_BLOCKS * kernel.block_k, "heads": HEADS, "head_dim": options.head_dim, "dtype": "bf16"},
+            cycles=cycles[chosen],
+            cycles_of_blocks=cycles,
+            cycles_without_marks=release,
+            slower_by=round(slower, 4),
+            shares=went_to,
+            provenance=provenance(["python", "-m", "fa_reference.kernels.trace", *map(str, options.chapters)]),
+        )
+        shown = middle(spans)
+        figure = plot_trace(spans, start=shown[0], stop=shown[1])
+        figure.axes[0].set_title(
+            f"{kernel.source.name}, head_dim {options.head_dim}, on {device}; recording made it {slower:.1%} slower",
+            fontsize=9,
+        )
+        for ending in ("png", "svg"):
+            figure.savefig(path.with_suffix(f".{ending}"), dpi=130)
+        print(f"chapter {chapter}: {cycles[chosen]:,} cycles a block, {release:,.0f} without marks ({slower:+.1%})")
+        for track, parts in went_to.items():
+            print(f"  {track}: " + ", ".join(f"{name} {share:.1%}" for name, share in parts.items()))
+        print(f"  {path}", flush=True)
+
+
+if __name__ == "__main__":
+    main()
