@@ -85,7 +85,8 @@ class Answer:
     def __init__(self, workshop: Workshop, folder: Path, time_limit: float | None = None) -> None:
         self.folder = folder
         self.gpu = torch.cuda.is_available()
-        self._workshop = workshop
+        self.workshop = workshop
+        self.remarks: list[str] = []  # shown beside a passed check: what was measured
         self._limit = time_limit
         self._spent = 0.0
         self._child: tuple[int, Connection, str] | None = None
@@ -152,7 +153,7 @@ class Answer:
                 os.killpg(pid, signal.SIGKILL)
             except ProcessLookupError:
                 pass
-            self._workshop.status(pid)
+            self.workshop.status(pid)
         self._log.unlink(missing_ok=True)
 
     def _ask(self, *request: Any) -> dict[str, Any]:
@@ -168,7 +169,7 @@ class Answer:
             raise CannotRun(f"there is no file {file} in {self.folder}")
         if self._child is None or self._child[2] != device:
             self._log_reset()
-            self._child = (*self._workshop.fork(self.folder, device, self._log), device)
+            self._child = (*self.workshop.fork(self.folder, device, self._log), device)
         pid, connection, _ = self._child
         body = {
             "function": function,
@@ -177,14 +178,14 @@ class Answer:
             "forbid": list(forbid),
             "counted": counted,
         }
-        limit = self._limit or TIME_LIMIT[device] * (AFTER_A_TIMEOUT if self._workshop.timed_out else 1)
+        limit = self._limit or TIME_LIMIT[device] * (AFTER_A_TIMEOUT if self.workshop.timed_out else 1)
         began = time.monotonic()
         try:
             connection.send_bytes(file.encode())
             connection.send_bytes(wire.to_bytes(body))
             if not connection.poll(max(0.0, limit - self._spent)):
                 self._forget_child(pid)
-                self._workshop.timed_out = True
+                self.workshop.timed_out = True
                 raise CheckFailed(f"{function} did not finish within this check's {limit:g} s: an endless loop?")
             data = connection.recv_bytes()
         except (EOFError, ConnectionError):
@@ -204,7 +205,7 @@ class Answer:
 
     def _forget_child(self, pid: int) -> None:
         os.killpg(pid, signal.SIGKILL)
-        self._workshop.status(pid)
+        self.workshop.status(pid)
         self._child[1].close()
         self._child = None
 
@@ -212,7 +213,7 @@ class Answer:
         pid, connection, _ = self._child
         self._child = None
         connection.close()
-        status = self._workshop.status(pid)
+        status = self.workshop.status(pid)
         if status < 0:
             name = signal.Signals(-status).name
             why = "out of memory, or a write past the end of a tensor (in a kernel: a missing mask, too many programs)"

@@ -24,12 +24,15 @@ NEEDS = {
 }
 
 
-def check(name: str, *, points: int = 1, needs: str | None = None) -> Callable[[Callable], Callable]:
+def check(
+    name: str, *, points: int = 1, needs: str | None = None, compiled: bool = False
+) -> Callable[[Callable], Callable]:
     """Mark a pytest function as a graded check.
 
     `name` states the property in words; `needs` is a key of NEEDS, without which the check is reported as not graded
-    here. The file that is graded follows from the test module: test_naive.py grades naive.py.
+    here; `compiled` says that it looks at machine code that never runs. The file that is graded follows from the test
+    module: test_naive.py grades naive.py.
     """
     if needs is not None and needs not in NEEDS:
         raise ValueError(f"needs is {needs!r}; allowed: {', '.join(NEEDS)}")
-    return pytest.mark.check(name=name, points=points, needs=needs)
+    return pytest.mark.check(name=name, points=points, needs=needs, compiled=compiled)

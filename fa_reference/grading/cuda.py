@@ -8,6 +8,8 @@ import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
 
 import torch
 
@@ -17,7 +19,7 @@ from fa_reference.grading.answer import Answer
 from fa_reference.grading.check import CheckFailed, NotWritten
 from fa_reference.inputs import Case
 from fa_reference.kernels import parse_build_log, sass_instructions
-from fa_reference.kernels.build_log import Resources
+from fa_reference.kernels.build_log import Note, Resources
 from fa_reference.kernels.sass import opcode
 from fa_reference.versions import load_file
 
@@ -49,11 +51,17 @@ def require_written(answer: Answer, file: str) -> None:
 
 @dataclass(frozen=True)
 class Built:
-    """A compiled kernel: what a thread takes, and how often each opcode (with modifiers) stands in the machine code."""
+    """A compiled kernel: what a thread takes, its instructions in program order, the compiler's notes about wgmma."""
 
     file: str
     resources: Resources
-    opcodes: Counter[str]
+    instructions: tuple[str, ...]
+    notes: tuple[Note, ...] = ()
+
+    @cached_property
+    def opcodes(self) -> Counter[str]:
+        """How often each opcode (with modifiers) stands in the machine code."""
+        return Counter(map(opcode, self.instructions))
 
     def count(self, wanted: str) -> int:
         """Instructions with this opcode, whatever further modifiers they have."""
@@ -66,11 +74,12 @@ class Built:
         return used.stack_bytes + used.spill_store_bytes + used.spill_load_bytes
 
 
-def _built(file: str, cubin: bytes, log: str) -> Built:
-    kernels = parse_build_log(log).kernels
-    if "attention" not in kernels:
+def read_build(file: str, cubin: bytes, log: str) -> Built:
+    """What machine code and log say about the kernel `attention` of a file; CheckFailed if there is none."""
+    report = parse_build_log(log)
+    if "attention" not in report.kernels:
         raise CheckFailed(f'{file} has no kernel `extern "C" __global__ void attention`: keep its name')
-    return Built(file, kernels["attention"], Counter(map(opcode, sass_instructions(cubin))))
+    return Built(file, report.kernels["attention"], tuple(sass_instructions(cubin)), report.notes)
 
 
 def build(answer: Answer, host: str, step: str, file: str, head_dim: int, dtype: torch.dtype, causal: bool) -> Built:
@@ -80,14 +89,14 @@ def build(answer: Answer, host: str, step: str, file: str, head_dim: int, dtype:
     """
     require_written(answer, file)
     cubin, log = answer.call(host, "machine_code", step, head_dim, dtype, causal, ARCH)
-    return _built(file, bytes(cubin.tolist()), log)
+    return read_build(file, bytes(cubin.tolist()), log)
 
 
 def reference(number: int, host: str, step: str, file: str, head_dim: int, dtype: torch.dtype, causal: bool) -> Built:
     """The same of the course's solution, which sets the budget."""
     module = load_file(chapter(number).solution / host)
     cubin, log = module.machine_code(step, head_dim, dtype, causal, ARCH)
-    return _built(file, bytes(cubin.tolist()), log)
+    return read_build(file, bytes(cubin.tolist()), log)
 
 
 def register_budget(solution: Resources, threads: int) -> int:
@@ -154,17 +163,24 @@ def deterministic(answer: Answer, host: str, file: str, function: str, case: Cas
                 )
 
 
-def relative_speed(answer: Answer, number: int, host: str, *request: object, rounds: int = 3) -> float:
-    """Time of the solution over time of the learner's kernel, best of `rounds` taken in turns in the same run.
+def best_times(answer: Answer, host: str, others: Sequence[Path], *request: object, rounds: int = 3) -> list[float]:
+    """Milliseconds of the learner's kernel, then of the host files `others`: best of `rounds`, by turns in one run.
 
-    `request` goes to the host file's `milliseconds`.
+    `request` goes to each file's `milliseconds`.
     """
-    solution = Answer(answer._workshop, chapter(number).solution)
-    times: dict[str, list[float]] = {"learner": [], "solution": []}
+    racers = [(answer, host), *((Answer(answer.workshop, path.parent), path.name) for path in others)]
+    times: list[list[float]] = [[] for _ in racers]
     try:
         for _ in range(rounds):
-            for name, who in (("learner", answer), ("solution", solution)):
-                times[name].append(who.call(host, "milliseconds", *request, device="cuda"))
+            for own, (who, file) in zip(times, racers, strict=True):
+                own.append(who.call(file, "milliseconds", *request, device="cuda"))
     finally:
-        solution.close()
-    return min(times["solution"]) / min(times["learner"])
+        for who, _ in racers[1:]:
+            who.close()
+    return [min(own) for own in times]
+
+
+def relative_speed(answer: Answer, number: int, host: str, *request: object, rounds: int = 3) -> float:
+    """Time of the solution over time of the learner's kernel in the same run; arguments as for `best_times`."""
+    mine, solution = best_times(answer, host, [chapter(number).solution / host], *request, rounds=rounds)
+    return solution / mine

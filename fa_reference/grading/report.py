@@ -12,6 +12,7 @@ from rich.markup import escape
 from fa_reference.course import Chapter
 
 PASSED, FAILED, NOT_GRADED = "passed", "failed", "not graded here"
+COMPILED, RAN = "compiled", "CPU"  # how a check was graded; on a GPU: the GPU's name
 MARKS = {PASSED: "[green]✓[/]", FAILED: "[red]✗[/]", NOT_GRADED: "[yellow]–[/]"}
 
 
@@ -25,7 +26,10 @@ class _PatientConsole(Console):
 
 @dataclass(frozen=True)
 class Outcome:
-    """One check's result: `message` is the failure, or the reason why it was not graded here."""
+    """One check's result: `message` is the failure, the reason why it was not graded here, or what was measured.
+
+    how: COMPILED (machine code was looked at, nothing ran), RAN (on the CPU), or the name of the GPU that it ran on.
+    """
 
     name: str
     file: str
@@ -33,6 +37,13 @@ class Outcome:
     state: str
     message: str = ""
     printed: str = ""
+    how: str = RAN
+
+
+def _way(how: str) -> str:
+    """How checks were graded, for the last lines of a report."""
+    words = {COMPILED: "by their machine code alone (which says nothing about right numbers)", RAN: "on this CPU"}
+    return words.get(how, f"on the {how}")
 
 
 @dataclass
@@ -72,7 +83,8 @@ class Report:
             self.console.print(f"[bold]{outcome.file}[/]")
         self.outcomes.append(outcome)
         got = outcome.points if outcome.state == PASSED else 0
-        points = "" if outcome.state == NOT_GRADED else f"  [dim]{got}/{outcome.points}[/]"
+        how = {COMPILED: "  [dim]compiled, not run[/]", RAN: "", "": ""}.get(outcome.how, f"  [dim]{outcome.how}[/]")
+        points = "" if outcome.state == NOT_GRADED else f"  [dim]{got}/{outcome.points}[/]{how}"
         self.console.print(f"  {MARKS[outcome.state]} {escape(outcome.name)}{points}")
         if outcome.state == NOT_GRADED:
             self.console.print(f"      [yellow]not graded here[/] ({escape(outcome.message)})")
@@ -94,6 +106,9 @@ class Report:
             f"[yellow]{len(not_graded)} not graded here[/]: {points} of {possible} points"
             + (f" ({sum(o.points for o in not_graded)} more need other hardware)" if not_graded else "")
         )
+        if any(o.how != RAN for o in self.outcomes):
+            ways = list(dict.fromkeys(o.how for o in self.graded))
+            self.console.print("graded " + ", ".join(f"{sum(o.how == w for o in self.graded)} {_way(w)}" for w in ways))
         if not self.graded:
             self.console.print("Nothing could be graded on this machine.")
         elif failed and self.whose == "your files":

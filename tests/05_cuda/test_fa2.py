@@ -21,19 +21,19 @@ def same_of_solution(head_dim: int = 64, dtype: torch.dtype = torch.bfloat16, ca
     return cuda.reference(5, HOST, STEP, FILE, head_dim, dtype, causal)
 
 
-@check("compiles", points=0)
+@check("compiles", points=0, compiled=True)
 def test_compiles(answer: Answer) -> None:
     built(answer)
     built(answer, 128, torch.float16, False)
 
 
-@check("registers within the budget, no local memory", points=1)
+@check("registers within the budget, no local memory", points=1, compiled=True)
 def test_budget(answer: Answer) -> None:
     for head_dim in (64, 128):
         cuda.within_budget(built(answer, head_dim), same_of_solution(head_dim), threads=128)
 
 
-@check("copies in the background, products on the tensor cores", points=2)
+@check("copies in the background, products on the tensor cores", points=2, compiled=True)
 def test_instructions(answer: Answer) -> None:
     code, right = built(answer), same_of_solution()
     wanted = {"LDGSTS": "cp.async", "DEPBAR": "waiting for it", "HMMA.16816": "mma", "LDSM.16.MT88": "ldmatrix for V"}
@@ -43,7 +43,7 @@ def test_instructions(answer: Answer) -> None:
             raise CheckFailed(f"{code.count(name)} {words} instructions instead of {right.count(name)} (head_dim 64)")
 
 
-@check("one barrier a block of keys", points=1)
+@check("one barrier a block of keys", points=1, compiled=True)
 def test_barriers(answer: Answer) -> None:
     bars, right = built(answer).count("BAR"), same_of_solution().count("BAR")
     if not 1 <= bars <= right:

@@ -21,18 +21,18 @@ def same_of_solution(head_dim: int = 64, dtype: torch.dtype = torch.bfloat16, ca
     return cuda.reference(5, HOST, STEP, FILE, head_dim, dtype, causal)
 
 
-@check("compiles", points=0)
+@check("compiles", points=0, compiled=True)
 def test_compiles(answer: Answer) -> None:
     built(answer)
     built(answer, 128, torch.float16, False)
 
 
-@check("O stays in registers: no local memory", points=1)
+@check("O stays in registers: no local memory", points=1, compiled=True)
 def test_budget(answer: Answer) -> None:
     cuda.within_budget(built(answer), same_of_solution(), threads=128)
 
 
-@check("computes in floats and stores 16 bits", points=1)
+@check("computes in floats and stores 16 bits", points=1, compiled=True)
 def test_instructions(answer: Answer) -> None:
     wanted = {"FFMA": "multiply-add", "LDG": "load from global memory", "MUFU.EX2": "exponential", "STG": "store"}
     cuda.has_instructions(built(answer), wanted)

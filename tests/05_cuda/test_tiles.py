@@ -21,18 +21,18 @@ def same_of_solution(head_dim: int = 64, dtype: torch.dtype = torch.bfloat16, ca
     return cuda.reference(5, HOST, STEP, FILE, head_dim, dtype, causal)
 
 
-@check("compiles", points=0)
+@check("compiles", points=0, compiled=True)
 def test_compiles(answer: Answer) -> None:
     built(answer)
     built(answer, 64, torch.float16, False)
 
 
-@check("registers within the budget, no local memory", points=1)
+@check("registers within the budget, no local memory", points=1, compiled=True)
 def test_budget(answer: Answer) -> None:
     cuda.within_budget(built(answer), same_of_solution(), threads=64)
 
 
-@check("tiles go through shared memory, between barriers", points=1)
+@check("tiles go through shared memory, between barriers", points=1, compiled=True)
 def test_instructions(answer: Answer) -> None:
     code = built(answer)
     cuda.has_instructions(code, {"STS": "store to shared memory", "LDS": "load from it", "BAR": "__syncthreads"})
