@@ -31,24 +31,18 @@ constexpr int kProducerRegisters = FA_PRODUCER_REGISTERS, kConsumerRegisters = F
 constexpr int kBlockQ = 64 * kConsumers;
 constexpr int kThreads = 128 * (1 + kConsumers);
 constexpr u32 kBytesQ = kBlockQ * kHeadDim * 2, kBytesKV = kBlockK * kHeadDim * 2;
-constexpr float kLog2e = 1.4426950408889634f, kLn2 = 0.6931471805599453f;
-constexpr float kInfinity = __builtin_bit_cast(float, 0x7f800000u);
+constexpr int kColumnBlocks = 0;         // V lies as (keys, head_dim)
 constexpr float kLargestSum = 16384.0f;  // of a thread's exponentials in one block, before a new maximum is taken
 
-struct Problem {
-    int len_q, len_k;
-    int query_tiles;        // per head
-    int heads;              // batch * heads_q: what a tile's flat head index counts
-    int heads_q, queries_per_key_head;
-    int heads_per_section;  // tiles of this many heads are in flight together, so that their K and V stay in L2
+// Names of the barriers in the debug build's deadlock record; fa3_forward.py has the same list.
+enum BarrierName { Q_FULL, Q_EMPTY, K_FULL, K_EMPTY, V_FULL, V_EMPTY };
+constexpr u32 kTurnBarrier = 1;  // named barriers 1 .. kConsumers: the turn of consumer 0, 1, ...
+
+#include "attention_tiles.cuh"
+
+struct Problem : Schedule {
     float scale;
     long long o_stride_batch, o_stride_head, o_stride_row;  // in elements
-};
-
-// A unit of work. key_blocks: blocks that some row sees (0: the rows are empty; -1: no work left). The first
-// unmasked_blocks of them are seen whole by all rows.
-struct Tile {
-    int query_start, head, batch, key_blocks, unmasked_blocks;
 };
 
 struct Shared {
@@ -60,40 +54,12 @@ struct Shared {
     Tile tile[kQueryStages];  // published together with q_full
 };
 
-// Names of the barriers in the debug build's deadlock record; fa3_forward.py has the same list.
-enum BarrierName { Q_FULL, Q_EMPTY, K_FULL, K_EMPTY, V_FULL, V_EMPTY };
-constexpr u32 kTurnBarrier = 1;  // named barriers 1 .. kConsumers: the turn of consumer 0, 1, ...
-
-struct False {
-    static constexpr bool value = false;
-};
-struct True {
-    static constexpr bool value = true;
-};
-
 // ---- small helpers -------------------------------------------------------------------------------------------------
-__device__ __forceinline__ float exp2_approx(float x) {
-    float y;
-    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
-    return y;
-}
-
 __device__ __forceinline__ u32 pack(float low, float high) {  // two values rounded to nearest even
     u32 packed;
     if constexpr (kBf16) asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(packed) : "f"(high), "f"(low));
     else asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(packed) : "f"(high), "f"(low));
     return packed;
-}
-
-// A row is spread over four neighbouring lanes.
-__device__ __forceinline__ float quad_max(float x) {
-    x = fmaxf(x, __shfl_xor_sync(0xffffffffu, x, 1));
-    return fmaxf(x, __shfl_xor_sync(0xffffffffu, x, 2));
-}
-
-__device__ __forceinline__ float quad_sum(float x) {
-    x += __shfl_xor_sync(0xffffffffu, x, 1);
-    return x + __shfl_xor_sync(0xffffffffu, x, 2);
 }
 
 // 4 x 4 transposition: lane q of a quad enters with x[j] = M[q][j] and leaves with x[j] = M[j][q]. Two rounds of
@@ -109,87 +75,6 @@ __device__ __forceinline__ void quad_transpose(u32 (&x)[4], int q) {
             if (upper) x[j] = got;
             else x[j + distance] = got;
         }
-    }
-}
-
-// Place in a ring: slot and parity follow from how many items have passed.
-template <int kSlots>
-struct Cursor {
-    u32 count = 0;
-    __device__ __forceinline__ u32 slot() const { return count % kSlots; }
-    __device__ __forceinline__ u32 parity() const { return (count / kSlots) & 1; }
-};
-
-// Tile number -> tile. Numbers run through sections of heads; in a section the head varies fastest. Causal: the last
-// query tiles see most keys and come first, so that no long tile is left for the end.
-__device__ __forceinline__ Tile decode(u32 number, const Problem& problem) {
-    const u32 section_tiles = problem.heads_per_section * problem.query_tiles;
-    const u32 section = number / section_tiles, rest = number - section * section_tiles;
-    const u32 first_head = section * problem.heads_per_section;
-    const u32 heads = min(static_cast<u32>(problem.heads_per_section), problem.heads - first_head);
-    u32 query_tile = rest / heads;
-    const u32 flat_head = first_head + rest - query_tile * heads;
-    if (kCausal) query_tile = problem.query_tiles - 1 - query_tile;
-    const int query_start = query_tile * kBlockQ;
-    int first_sees = problem.len_k, last_sees = problem.len_k;  // keys seen by the tile's first and last row
-    if (kCausal) {
-        const int last_row = min(query_start + kBlockQ, problem.len_q) - 1;
-        first_sees = max(0, min(first_sees, query_start + 1 + problem.len_k - problem.len_q));
-        last_sees = max(0, min(last_sees, last_row + 1 + problem.len_k - problem.len_q));
-    }
-    const int batch = flat_head / problem.heads_q, head = flat_head - batch * problem.heads_q;
-    return {query_start, head, batch, (last_sees + kBlockK - 1) / kBlockK, first_sees / kBlockK};
-}
-
-// ---- producer ------------------------------------------------------------------------------------------------------
-// One thread. Blocks go from the last key to the first, so that those with a mask come first. K runs one block ahead of
-// V, because consumers need the next block's K before this block's V.
-__device__ __forceinline__ void produce(Shared& shared, const TensorMap& q_map, const TensorMap& k_map,
-                                        const TensorMap& v_map, u32* tile_counter, const Problem& problem) {
-    const u32 tiles = problem.query_tiles * problem.heads;
-    Cursor<kStages> k_cursor, v_cursor;
-    Cursor<kQueryStages> q_cursor;
-    u32 number = blockIdx.x;
-    while (true) {
-        Tile tile = {0, 0, 0, -1, 0};
-        if (number < tiles) tile = decode(number, problem);
-        const int key_head = tile.head / problem.queries_per_key_head;
-        auto load = [&](const TensorMap& map, u16* slot, u64* full, u64* empty, u32 parity, u32 name, int block) {
-            mbarrier_wait(empty, parity ^ 1, name, block);
-            mbarrier_arrive_expect_tx(full, kBytesKV);
-            tma_load_5d(slot, &map, full, 0, block * kBlockK, 0, key_head, tile.batch);
-        };
-        auto load_k = [&](int block) {
-            const u32 s = k_cursor.slot();
-            load(k_map, shared.k[s], &shared.k_full[s], &shared.k_empty[s], k_cursor.parity(), K_EMPTY, block);
-            ++k_cursor.count;
-        };
-        auto load_v = [&](int block) {
-            const u32 s = v_cursor.slot();
-            load(v_map, shared.v[s], &shared.v_full[s], &shared.v_empty[s], v_cursor.parity(), V_EMPTY, block);
-            ++v_cursor.count;
-        };
-
-        if (tile.key_blocks > 0) load_k(tile.key_blocks - 1);
-        const u32 slot = q_cursor.slot();
-        mbarrier_wait(&shared.q_empty[slot], q_cursor.parity() ^ 1, Q_EMPTY, number);
-        ++q_cursor.count;
-        shared.tile[slot] = tile;
-        if (tile.key_blocks > 0) {
-            mbarrier_arrive_expect_tx(&shared.q_full[slot], kBytesQ);
-            tma_load_5d(shared.q[slot], &q_map, &shared.q_full[slot], 0, tile.query_start, 0, tile.head, tile.batch);
-        } else {
-            mbarrier_arrive(&shared.q_full[slot]);
-            if (tile.key_blocks < 0) break;
-        }
-        for (int block = tile.key_blocks - 2; block >= 0; --block) {
-            load_k(block);
-            load_v(block + 1);
-        }
-        // Every block fetches until it is told a number past the end: `tiles` fetches in all, so the counter, which
-        // wraps there, is zero again for the next launch.
-        number = gridDim.x + atomicInc(tile_counter, tiles - 1);
-        if (tile.key_blocks > 0) load_v(0);
     }
 }
 
@@ -257,15 +142,6 @@ __device__ __forceinline__ bool softmax(const float (&s)[kBlockK / 2], u32 (&p)[
 __device__ __forceinline__ void keep(const u32 (&p)[kBlockK / 4]) {
 #pragma unroll
     for (int i = 0; i < kBlockK / 4; ++i) asm volatile("st.shared.u32 [%0], %1;" ::"r"(0), "r"(p[i]));
-}
-
-// Scores of keys that a row must not see become -inf. `limit` = number of visible keys from the block's start on.
-__device__ __forceinline__ void mask(float (&s)[kBlockK / 2], int limit_top, int limit_bottom) {
-#pragma unroll
-    for (int i = 0; i < kBlockK / 2; ++i) {
-        const int column = 8 * (i / 4) + i % 2;  // plus 2 (lane % 4), which the limits already contain
-        if (column >= ((i / 2) % 2 ? limit_bottom : limit_top)) s[i] = -kInfinity;
-    }
 }
 
 // O rows of this thread -> global memory. Four lanes hold 8 neighbouring columns of a row two by two; a transposition
