@@ -1,4 +1,4 @@
-"""Where things lie on Hopper: TMA's swizzled tiles, wgmma's descriptors of them, and wgmma's registers.
+"""Where things lie on Hopper: tensors as TMA sees them, its swizzled tiles, wgmma's descriptors and registers.
 
 Pure functions of integers, graded exactly on any machine; tma_tile.cu and wgmma_tile.cu use the same formulas.
 A tile has `rows` rows of head_dim 16-bit numbers. TMA delivers it as head_dim / 64 blocks, one after another, each of
@@ -6,6 +6,23 @@ A tile has `rows` rows of head_dim 16-bit numbers. TMA delivers it as head_dim /
 "thread" is a thread's number in its warpgroup, 0 .. 127. PTX ISA: "Tensor swizzling modes", "Matrix Descriptor",
 "Register Fragments for wgmma.mma_async.m64nNk16".
 """
+
+
+def tma_view(
+    shape: tuple[int, int, int, int], strides: tuple[int, int, int, int], rows: int
+) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]:
+    """(sizes, strides, box) that describe a tensor (B, H, N, d) of 16-bit numbers and its tiles of `rows` rows to TMA.
+
+    TMA counts dimensions from the innermost: (64 columns, N, d / 64 blocks of columns, H, B). Sizes and box in elements
+    (five each); strides in bytes (four: the innermost is contiguous). `strides` of the tensor are in elements. The
+    blocks are a dimension of their own because the swizzle spans 128 bytes, so a box may be 64 numbers wide, no more.
+    Head and batch are, so that a tile which sticks out behind the last row reads zeros, not the next head.
+    """
+    # BEGIN SOLUTION: from one row to the next: strides[2] numbers of 2 bytes; from one block of columns to the next: 128
+    batch, heads, length, head_dim = shape
+    sizes = (64, length, head_dim // 64, heads, batch)
+    return sizes, (2 * strides[2], 128, 2 * strides[1], 2 * strides[0]), (64, rows, head_dim // 64, 1, 1)
+    # END SOLUTION
 
 
 def swizzle(address: int) -> int:

@@ -77,6 +77,29 @@ def same_fields(value: object, right: dict[str, int], call: str, unused: tuple[s
 # ---- checks ------------------------------------------------------------------------------------------------------------
 
 
+@check("tma_view: a strided tensor in five dimensions", points=1)
+def test_tma_view(answer: Answer) -> None:
+    for shape, strides, rows in (
+        ((1, 1, 64, 64), (4096, 4096, 64, 1), 64),
+        ((2, 3, 100, 128), (38400, 12800, 128, 1), 64),
+        ((2, 3, 100, 128), (38400, 128, 384, 1), 128),  # stored as (batch, len, heads, d)
+        ((4, 5, 7, 256), (9000, 1800, 264, 1), 176),  # padded
+    ):
+        batch, heads, length, head_dim = shape
+        right = (
+            (64, length, head_dim // 64, heads, batch),
+            (2 * strides[2], 128, 2 * strides[1], 2 * strides[0]),
+            (64, rows, head_dim // 64, 1, 1),
+        )
+        call = f"tma_view({shape}, {strides}, {rows})"
+        value = answer.call(FILE, "tma_view", shape, strides, rows)
+        if not isinstance(value, tuple) or len(value) != 3:
+            raise CheckFailed(f"{call} must be three tuples: sizes, strides, box; it is {value!r}")
+        for name, got, want in zip(("sizes", "strides in bytes", "box"), value, right, strict=True):
+            if not isinstance(got, tuple) or got != want:
+                raise CheckFailed(f"{call}: the {name} must be {want}; they are {got!r}")
+
+
 @check("swizzle: every byte of two units goes where TMA puts it", points=1)
 def test_swizzle(answer: Answer) -> None:
     for (address,), value in values(answer, "swizzle", ((a,) for a in (*range(2048), 0x3FFFF, 0x2A5F0))).items():
