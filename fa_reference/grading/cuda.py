@@ -74,12 +74,12 @@ class Built:
         return used.stack_bytes + used.spill_store_bytes + used.spill_load_bytes
 
 
-def read_build(file: str, cubin: bytes, log: str) -> Built:
-    """What machine code and log say about the kernel `attention` of a file; CheckFailed if there is none."""
+def read_build(file: str, cubin: bytes, log: str, kernel: str = "attention") -> Built:
+    """What machine code and log say about a kernel of a file; CheckFailed if there is none of this name."""
     report = parse_build_log(log)
-    if "attention" not in report.kernels:
-        raise CheckFailed(f'{file} has no kernel `extern "C" __global__ void attention`: keep its name')
-    return Built(file, report.kernels["attention"], tuple(sass_instructions(cubin)), report.notes)
+    if kernel not in report.kernels:
+        raise CheckFailed(f'{file} has no kernel `extern "C" __global__ void {kernel}`: keep its name')
+    return Built(file, report.kernels[kernel], tuple(sass_instructions(cubin)), report.notes)
 
 
 def build(answer: Answer, host: str, step: str, file: str, head_dim: int, dtype: torch.dtype, causal: bool) -> Built:
