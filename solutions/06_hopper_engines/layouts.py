@@ -18,7 +18,7 @@ def tma_view(
     blocks are a dimension of their own because the swizzle spans 128 bytes, so a box may be 64 numbers wide, no more.
     Head and batch are, so that a tile which sticks out behind the last row reads zeros, not the next head.
     """
-    # BEGIN SOLUTION: from one row to the next: strides[2] numbers of 2 bytes; from one block of columns to the next: 128
+    # BEGIN SOLUTION: one row to the next is strides[2] numbers of 2 bytes; one block of columns to the next is 128 bytes
     batch, heads, length, head_dim = shape
     sizes = (64, length, head_dim // 64, heads, batch)
     return sizes, (2 * strides[2], 128, 2 * strides[1], 2 * strides[0]), (64, rows, head_dim // 64, 1, 1)
@@ -104,7 +104,7 @@ def a_place(thread: int, register: int, half: int) -> tuple[int, int]:
 
 
 def p_registers(step: int, register: int) -> tuple[int, int]:
-    """The accumulator registers of S that, rounded, are the (lower, upper) half of A's `register` in step `step` of P V.
+    """Which two accumulator registers of S, rounded, are the lower and upper half of A's `register` in a step of P V.
 
     Step k sums over keys 16 k .. 16 k + 15, which are columns of S. The right pair is in the same thread: no number has
     to move. That is why P needs no shared memory.

@@ -42,7 +42,7 @@ def written(function: str, arguments: tuple[int, ...]) -> str:
     return f"{function}({', '.join(map(str, arguments))})"
 
 
-# ---- the formulas of the PTX ISA ---------------------------------------------------------------------------------------
+# ---- the formulas of the PTX ISA -------------------------------------------------------------------------------------
 
 
 def swizzled(address: int) -> int:
@@ -69,12 +69,12 @@ def same_fields(value: object, right: dict[str, int], call: str, unused: tuple[s
             continue
         field, wanted = number >> low & (1 << bits) - 1, right.get(name, 0) // (unit or 1)
         if field != wanted:
-            show = (lambda n: f"{n} (= {n * unit} bytes / {unit})") if unit else str
             place = "" if "unused" in name else f", bits {low}-{low + bits - 1},"
-            raise CheckFailed(f"{call}: the {name}{place} must be {show(wanted)}; it is {show(field)}")
+            bytes_of = f" (= {wanted * unit} bytes / {unit})" if unit else ""
+            raise CheckFailed(f"{call}: the {name}{place} must be {wanted}{bytes_of}; it is {field}")
 
 
-# ---- checks ------------------------------------------------------------------------------------------------------------
+# ---- checks ----------------------------------------------------------------------------------------------------------
 
 
 @check("tma_view: a strided tensor in five dimensions", points=1)
@@ -201,7 +201,9 @@ def test_p(answer: Answer) -> None:
             got = pair(answer.call(FILE, "p_registers", step, register), call)
             for half, name in ((0, "lower"), (1, "upper")):
                 if not 0 <= got[half] < 88:
-                    raise CheckFailed(f"{call}: {got[half]} is no register of an accumulator with 176 columns (0 .. 87)")
+                    raise CheckFailed(
+                        f"{call}: {got[half]} is no register of an accumulator with 176 columns (0 .. 87)"
+                    )
                 for thread in THREADS:
                     row, column = a_fragment(thread, register, half)
                     if accumulator(thread, got[half]) != (row, column + 16 * step):
