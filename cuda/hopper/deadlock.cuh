@@ -1,7 +1,8 @@
-// Debug build (-DFA_DEBUG): every mbarrier wait is bounded. The first waiter whose time is up writes down who it is and
-// what it waits for; from then on all waits give up at once, so the kernel runs to its end with a useless result
-// instead of hanging, and the host can read the record. Release builds contain none of this. Not bounded: named barriers
-// (the hardware has no wait with a limit for them); a hang in one needs a time limit outside.
+// Debug build (-DFA_DEBUG): every wait at a barrier is bounded. The first waiter whose time is up writes down who it is
+// and what it waits for; from then on all waits give up at once, so the kernel runs to its end with a useless result
+// instead of hanging, and the host can read the record. Release builds contain none of this.
+// The hardware has no wait with a limit for named barriers, so here they are counters in shared memory that open by the
+// same rule. Not bounded: setmaxnreg and __syncthreads; a hang in those needs a time limit outside.
 #pragma once
 #include "base.cuh"
 
@@ -38,5 +39,28 @@ __device__ __forceinline__ void bounded_wait(Done done, u32 name, u32 parity, u3
         }
         return;
     }
+}
+
+// Arrivals at each named barrier so far; mbarrier_init_fence clears them.
+__shared__ u32 fa_debug_arrivals[16];
+constexpr u32 kDebugNamedBarrier = 256;  // in the record: 256 + number of a named barrier
+
+__device__ __forceinline__ void debug_clear_named_barriers() {
+    for (int i = 0; i < 16; ++i) fa_debug_arrivals[i] = 0;
+}
+
+__device__ __forceinline__ u32 debug_arrive(u32 barrier) {
+    __threadfence_block();
+    return atomicAdd(&fa_debug_arrivals[barrier], 1u);
+}
+
+// Opens when a multiple of `threads` is reached that includes this thread's own arrival.
+__device__ __forceinline__ void debug_sync(u32 barrier, u32 threads) {
+    const u32 opening = debug_arrive(barrier) / threads;
+    const volatile u32* arrivals = &fa_debug_arrivals[barrier];
+    const u32 enough = (opening + 1) * threads;
+    bounded_wait([&] { return *arrivals >= enough; }, kDebugNamedBarrier + barrier, opening & 1, opening);
+    __threadfence_block();
+    __syncwarp();
 }
 #endif

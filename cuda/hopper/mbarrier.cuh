@@ -18,6 +18,9 @@ __device__ __forceinline__ void mbarrier_init(u64* barrier, u32 arrivals) {
 // Makes the initialised barriers visible to the asynchronous proxy (TMA), which __syncthreads alone does not.
 // PTX ISA: "fence.mbarrier_init".
 __device__ __forceinline__ void mbarrier_init_fence() {
+#ifdef FA_DEBUG
+    debug_clear_named_barriers();
+#endif
     asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
 }
 

@@ -5,14 +5,23 @@
 // PTX ISA: "bar, barrier" (barrier.sync and barrier.arrive).
 #pragma once
 #include "base.cuh"
+#include "deadlock.cuh"
 #include "trace.cuh"
 
 __device__ __forceinline__ void named_barrier_sync(u32 barrier, u32 threads) {
     trace_event(TRACE_BARRIER, barrier);
+#ifdef FA_DEBUG
+    debug_sync(barrier, threads);
+#else
     asm volatile("barrier.sync.aligned %0, %1;" ::"r"(barrier), "r"(threads) : "memory");
+#endif
     trace_event(TRACE_BARRIER_DONE, barrier);
 }
 
 __device__ __forceinline__ void named_barrier_arrive(u32 barrier, u32 threads) {
+#ifdef FA_DEBUG
+    debug_arrive(barrier);
+#else
     asm volatile("barrier.arrive.aligned %0, %1;" ::"r"(barrier), "r"(threads) : "memory");
+#endif
 }

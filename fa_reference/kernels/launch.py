@@ -9,6 +9,8 @@ import torch
 from fa_reference.kernels.compile import CompiledKernel
 from fa_reference.kernels.errors import KernelDeadlock, KernelUnavailable
 
+NAMED_BARRIER = 256  # in the record of a deadlock: added to the number of a named barrier (cuda/hopper/deadlock.cuh)
+
 
 def _driver():
     try:
@@ -117,9 +119,16 @@ class LoadedKernel:
         happened, block, thread, barrier, parity, iteration = self.read_global("fa_deadlock_record", 6)
         if not happened:
             return
-        name = barrier_names[barrier] if barrier < len(barrier_names) else f"number {barrier}"
+        who = f"block {block}, warpgroup {thread // 128}, warp {thread % 128 // 32}, lane {thread % 32}"
+        if barrier >= NAMED_BARRIER:
+            number = barrier - NAMED_BARRIER
+            what = f"at named barrier {number} for its opening number {iteration + 1}, and too few threads came"
+        else:
+            name = barrier_names[barrier] if barrier < len(barrier_names) else f"number {barrier}"
+            what = (
+                f"for barrier {name} to complete its phase of parity {parity} (iteration {iteration}) and nobody "
+                "completed it"
+            )
         raise KernelDeadlock(
-            f"{self.name} did not finish: block {block}, warpgroup {thread // 128}, warp {thread % 128 // 32}, lane "
-            f"{thread % 32} waited for barrier {name} to complete its phase of parity {parity} (iteration {iteration}) "
-            "and nobody completed it. Who should arrive there, how often, and did it?"
+            f"{self.name} did not finish: {who} waited {what}. Who should arrive there, how often, and did it?"
         )
