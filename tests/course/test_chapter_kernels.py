@@ -149,8 +149,11 @@ def test_debug_build_has_bounded_waits(builds, name):
     host = HOSTS[name]
     assert b"fa_deadlock_record" in host.build(128, torch.bfloat16, False, debug=True).cubin
     assert b"fa_deadlock_record" not in builds[name, 128, False, torch.bfloat16].cubin
-    debug = count_instructions(host.build(128, torch.bfloat16, False, debug=True).cubin)
-    assert debug["BAR"] <= 2, "named barriers are counters there, as the hardware's cannot be waited for with a limit"
+    if name in SPECIALISED:
+        debug = count_instructions(host.build(128, torch.bfloat16, False, debug=True).cubin)
+        assert debug["BAR"] == 1, (
+            "named barriers are counters there, as the hardware's cannot be waited for with a limit"
+        )
     names = host.source.read_text().partition("enum BarrierName {")[2].partition("}")[0]
     assert tuple(barrier.strip().lower() for barrier in names.split(",")) == host.barriers
 
