@@ -112,6 +112,9 @@ def suspects(p: Problem) -> Iterator[Suspect]:
             "query heads read the wrong KV head: query head h belongs to KV head h // (heads_q / heads_kv)",
             lambda: p.attention(kv=p.swapped),
         )
+        for name, kv in (("K", [p.swapped[0], p.v]), ("V", [p.k, p.swapped[1]])):
+            words = f"query heads read the wrong KV head of {name}, and the right one of the other"
+            yield words, lambda kv=kv: p.attention(kv=kv)
     for block in BLOCKS:
         padding = -p.len_k % block
         if padding:
@@ -183,6 +186,15 @@ def _not_finite(o: Tensor, lse: Tensor, gold_lse: Tensor) -> str | None:
     return None
 
 
+def _not_empty(o: Tensor, gold_o: Tensor, gold_lse: Tensor) -> str | None:
+    """A number in rows that see no key, in an output that is right elsewhere."""
+    empty = gold_lse == -torch.inf
+    if not (o[empty] != 0).any() or _distance(o[~empty], gold_o[~empty]) > 2e-2 * float(gold_o.abs().amax()):
+        return None
+    why = "hide keys with -inf, not with a large negative number, and mind rows in which nothing is left"
+    return f"rows without a visible key must give O = 0 and lse = -inf ({why})"
+
+
 def diagnose(
     o: Tensor, lse: Tensor, q: Tensor, k: Tensor, v: Tensor, *, causal: bool, scale: float | None
 ) -> str | None:
@@ -194,6 +206,9 @@ def diagnose(
     broken = _not_finite(o, lse, gold_lse)
     if broken:
         return f"likely bug: {broken}"
+    not_empty = _not_empty(o, gold_o, gold_lse)
+    if not_empty:
+        return f"likely bug: {not_empty}"
     problem = Problem(q, k, v, causal, scale)
     off = _distance(o, gold_o)
     size = float(gold_o.square().mean().sqrt())

@@ -56,8 +56,10 @@ def judged(o: Tensor, lse: Tensor, qkv: Sequence[Tensor], case: Case, bug: str =
     report = judge(o, lse, *qkv, **options)
     if report.passed:
         return
-    likely = diagnose(o, lse, *qkv, **options) or (f"this check is about: {bug}" if bug else "")
+    likely = diagnose(o, lse, *qkv, **options)
     lines = [likely] if likely else []
+    if bug and (likely is None or likely.startswith("where: ")):
+        lines.append(f"this check is about: {bug}")
     raise CheckFailed("\n".join([*lines, _verdict(report), f"smallest failing case: {case}"]))
 
 
