@@ -6,6 +6,7 @@ dtype. Both the RMS and the maximum of the error must pass. The rule adapts to l
 a fixed tolerance accepts anything at long lengths (outputs shrink like 1 / sqrt(N)).
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -62,16 +63,28 @@ class Yardstick:
     lse_allowed: float
 
     @classmethod
-    def of(cls, q: Tensor, k: Tensor, v: Tensor, *, causal: bool = False, scale: float | None = None) -> "Yardstick":
-        """The yardstick for attention on q, k, v (shapes as in gold_attention), on their device."""
+    def of(
+        cls,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        *,
+        causal: bool = False,
+        scale: float | None = None,
+        baseline: Callable[..., tuple[Tensor, Tensor]] = baseline_attention,
+    ) -> "Yardstick":
+        """The yardstick for attention on q, k, v (shapes as in gold_attention), on their device.
+
+        baseline: called like gold_attention; another one than the pinned is for FP8, whose P has a format of its own.
+        """
         gold_o, gold_lse = gold_attention(q, k, v, causal=causal, scale=scale)
-        base_o, base_lse = baseline_attention(q, k, v, causal=causal, scale=scale)
+        base_o, base_lse = baseline(q, k, v, causal=causal, scale=scale)
         base = base_o.double() - gold_o
         # The floor: a float32 score, a sum of d products, is rounded at its own size, and its probability, O and lse
         # with it. On a small case the baseline may be luckier than that.
         finite = gold_lse[gold_lse.isfinite()].abs()
         score_size = 4 + (float(finite.max()) if finite.numel() else 0.0)
-        v_max = max(float(v.abs().max()) if v.numel() else 0.0, ROUNDING)
+        v_max = max(float(v.float().abs().max()) if v.numel() else 0.0, ROUNDING)
         floor, lse_floor = 2 * ROUNDING * score_size * v_max, 32 * ROUNDING * score_size
         return cls(
             gold_o,
