@@ -18,7 +18,7 @@ def tma_view(
     blocks are a dimension of their own because the swizzle spans 128 bytes, so a box may be 64 numbers wide, no more.
     Head and batch are, so that a tile which sticks out behind the last row reads zeros, not the next head.
     """
-    # BEGIN SOLUTION: one row to the next is strides[2] numbers of 2 bytes; one block of columns to the next is 128 bytes
+    # BEGIN SOLUTION: a row further is strides[2] numbers of 2 bytes, a block of columns further is 128 bytes
     batch, heads, length, head_dim = shape
     sizes = (64, length, head_dim // 64, heads, batch)
     return sizes, (2 * strides[2], 128, 2 * strides[1], 2 * strides[0]), (64, rows, head_dim // 64, 1, 1)

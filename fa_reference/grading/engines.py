@@ -1,0 +1,116 @@
+"""What grading chapter 6's wrappers and tile kernels needs beside cuda.py: their machine code, and values out of C++.
+
+A wrapper is one instruction, so it is graded by compiling a small kernel that calls it, twice: with the learner's
+header and with the course's. Formulas that a kernel keeps as constexpr functions are graded exactly: the compiler
+computes them.
+"""
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from fa_reference.course import chapter
+from fa_reference.grading import cuda
+from fa_reference.grading.answer import Answer
+from fa_reference.grading.check import CheckFailed
+from fa_reference.grading.cuda import Built
+from fa_reference.kernels.sass import opcode
+from fa_reference.versions import load_file
+
+CHAPTER, HOST = 6, "engines.py"
+ENGINE = re.compile(r"SYNCS|UTMA|UBLK|HGMMA|WARPGROUP|FENCE|MEMBAR|ELECT")  # opcodes of barriers and engines
+VALUE = re.compile(r'static assertion failed with "([^"]*)"')
+
+
+@dataclass(frozen=True)
+class Tile:
+    """One of the tile kernels and the learner's files that it needs, its own last."""
+
+    name: str
+    files: tuple[str, ...]
+
+    @property
+    def file(self) -> str:
+        return self.files[-1]
+
+    def require_written(self, answer: Answer) -> None:
+        """Raise NotWritten while one of the files holds a TODO."""
+        for file in self.files:
+            cuda.require_written(answer, file)
+
+    def build(self, answer: Answer, head_dim: int = 128) -> Built:
+        """Compile the learner's kernel; NotWritten for a stub, CheckFailed with the compiler's words."""
+        self.require_written(answer)
+        cubin, log = answer.call(HOST, "machine_code", self.name, head_dim)
+        return cuda.read_build(self.file, bytes(cubin.tolist()), log, self.name)
+
+    def reference(self, head_dim: int = 128) -> Built:
+        """The same of the course's solution."""
+        cubin, log = load_file(chapter(CHAPTER).solution / HOST).machine_code(self.name, head_dim)
+        return cuda.read_build(self.file, bytes(cubin.tolist()), log, self.name)
+
+    def computes(self, answer: Answer, head_dim: int, values: Mapping[str, int]) -> None:
+        """CheckFailed naming the first of the kernel's constexpr expressions that has another value than it should."""
+        self.require_written(answer)
+        _computes(answer, f"{self.file}, head_dim {head_dim}", values, "machine_code", self.name, head_dim)
+
+
+def header_computes(answer: Answer, file: str, values: Mapping[str, int]) -> None:
+    """The same for constexpr functions of a header."""
+    cuda.require_written(answer, file)
+    _computes(answer, file, values, "wrapper_code", (file,))
+
+
+def _computes(answer: Answer, where: str, values: Mapping[str, int], function: str, *request: object) -> None:
+    asserts = (f'static_assert({call} == {value}ull, "{call} must be {value:#x}");' for call, value in values.items())
+    try:
+        answer.call(HOST, function, *request, "\n".join(asserts))
+    except CheckFailed as failure:
+        if wrong := VALUE.search(str(failure)):
+            raise CheckFailed(f"{where}: {wrong[1]}") from None
+        raise
+
+
+def wrapper(answer: Answer, file: str, course: Sequence[str], body: str, *, call: str = "", alias: str = "") -> None:
+    """CheckFailed unless `body`, which calls wrappers, becomes the same machine code with the learner's header `file`.
+
+    `course`: the course's headers of the same functions; `alias` defines what has another name there. `body` stands
+    in a kernel with `barrier`, `tile` (shared memory), `map` and `out` (global memory). `call`: what messages call it.
+    """
+    cuda.require_written(answer, file)
+    text = (
+        'extern "C" __global__ void attention(const __grid_constant__ TensorMap map, float* out) {\n'
+        "    __shared__ u64 barrier;\n    extern __shared__ __align__(1024) unsigned char tile[];\n"
+        f"    {body}\n}}\n"
+    )
+    cubin, log = answer.call(HOST, "wrapper_code", (file,), text)
+    mine = cuda.read_build(file, bytes(cubin.tolist()), log)
+    cubin, log = load_file(chapter(CHAPTER).solution / HOST).wrapper_code(tuple(course), alias + text)
+    right = cuda.read_build(file, bytes(cubin.tolist()), log)
+    if mine.instructions == right.instructions:
+        return
+    found, wanted = ([line for line in built.instructions if ENGINE.match(opcode(line))] for built in (mine, right))
+    call = call or body.rstrip(";")
+    if [opcode(line) for line in found] != [opcode(line) for line in wanted]:
+        names = [", ".join(map(opcode, lines)) or "nothing" for lines in (wanted, found)]
+        raise CheckFailed(f"{file}: {call} must become {names[0]} in machine code; it becomes {names[1]}")
+    for a, b in zip(mine.instructions, right.instructions, strict=False):
+        if a != b:
+            raise CheckFailed(
+                f"{file}: {call} becomes the right instruction with other operands: are %0, %1, ... in order, and the "
+                f"addresses those of shared memory? First difference in machine code: `{a}` instead of `{b}`"
+            )
+    raise CheckFailed(f"{file}: {call} does more, or less, than one instruction")
+
+
+def on_gpu(answer: Answer, function: str, *args: object, file: str) -> object:
+    """Call a function of engines.py on the GPU: first in the debug build, where no barrier waits for ever, then again.
+
+    CheckFailed in words for a hang; returns the release build's result.
+    """
+    watched = Answer(answer.workshop, answer.folder, time_limit=45.0)
+    try:
+        watched.call(HOST, function, *args, device="cuda", debug=True)
+    finally:
+        watched.close()
+    return answer.call(HOST, function, *args, device="cuda")

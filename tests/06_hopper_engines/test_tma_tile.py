@@ -1,0 +1,122 @@
+"""Graded checks of chapter 6, tma_tile.cu: load tiles, find every element, parity after parity."""
+
+import torch
+from torch import Tensor
+
+from fa_reference.grading import CheckFailed, check, cuda, engines, properties
+from fa_reference.grading.answer import Answer
+
+TILE = engines.Tile("tma_tile", ("tma_engine.cuh", "tma_tile.cu"))
+ROWS = 64
+
+
+def offset(row: int, column: int) -> int:
+    plain = column // 64 * ROWS * 128 + row * 128 + column % 64 * 2
+    return plain ^ (plain // 128 % 8 * 16)
+
+
+def copied(answer: Answer, x: Tensor) -> None:
+    """CheckFailed naming the first element of the copy that is wrong, and where its value comes from."""
+    batch, heads, length, head_dim = x.shape
+    tiles = -(-length // ROWS)
+    right = torch.zeros(batch, heads, tiles * ROWS, head_dim, dtype=x.dtype)
+    right[:, :, :length] = x
+    got = engines.on_gpu(answer, "copy_tiles", x)
+    if not isinstance(got, Tensor) or got.shape != right.shape:
+        raise CheckFailed(f"copy_tiles must return {tuple(right.shape)}: engines.py is given, restore it by make reset")
+    wrong = got.view(torch.int16) != right.view(torch.int16)
+    if not wrong.any():
+        return
+    b, h, row, column = wrong.nonzero()[0].tolist()
+    value = got[b, h, row, column]
+    where = f"batch {b}, head {h}, row {row}, column {column} of {tuple(x.shape)} ({int(wrong.sum())} wrong elements)"
+    places = (right[b, h, row // ROWS * ROWS :][:ROWS].view(torch.int16) == value.view(torch.int16)).nonzero().tolist()
+    if value.isnan():
+        words = "is NaN: it was never written"
+    elif places and len(places) < 4:
+        words = f"holds the tile's element (row {places[0][0]}, column {places[0][1]}): is that tile_offset?"
+    elif row // ROWS > 0 and value in right[b, h, : row // ROWS * ROWS]:
+        words = "holds an element of an earlier tile: is the parity of tile n equal to n % 2?"
+    else:
+        words = "holds nothing of its tile"
+    raise CheckFailed(f"{where} {words}")
+
+
+def numbered(batch: int, heads: int, length: int, head_dim: int, layout: str = "bhnd") -> Tensor:
+    """A tensor whose elements tell their place: neighbours differ, in random order of bits, finite bf16."""
+    generator = torch.Generator().manual_seed(properties.fresh_seed())
+    x = torch.randn(batch, heads, length, head_dim, generator=generator).bfloat16()
+    if layout == "bnhd":
+        x = x.transpose(1, 2).contiguous().transpose(1, 2)
+    if layout == "padded":
+        padded = torch.full((batch, heads, length + 3, head_dim + 8), torch.nan, dtype=x.dtype)
+        padded[:, :, :length, :head_dim] = x
+        x = padded[:, :, :length, :head_dim]
+    return x
+
+
+@check("compiles", points=0, compiled=True)
+def test_compiles(answer: Answer) -> None:
+    for head_dim in (64, 128):
+        TILE.build(answer, head_dim)
+
+
+@check("tile_offset in C++: every chunk of a tile", points=1)
+def test_offset(answer: Answer) -> None:
+    for head_dim in (64, 128):
+        places = [(row, column) for row in range(ROWS) for column in range(0, head_dim, 8)]
+        places += [(row, column) for row in (0, 5, 63) for column in range(head_dim)]
+        TILE.computes(answer, head_dim, {f"tile_offset({r}, {c})": offset(r, c) for r, c in places})
+
+
+@check("TMA, and a barrier that counts bytes", points=1, compiled=True)
+def test_instructions(answer: Answer) -> None:
+    code = TILE.build(answer)
+    wanted = {
+        "UTMALDG.5D": "TMA load",
+        "SYNCS.EXCH": "mbarrier.init",
+        "SYNCS.ARRIVE": "mbarrier.arrive.expect_tx",
+        "SYNCS.PHASECHK": "mbarrier.try_wait",
+        "BAR": "__syncthreads",
+    }
+    cuda.has_instructions(code, wanted)
+    if code.count("BAR") < 2:
+        raise CheckFailed(
+            f"{TILE.file} has one __syncthreads: one is needed after the barrier's initialisation, one in the loop, "
+            "so that the next tile does not overwrite what a slower thread still reads"
+        )
+    cuda.within_budget(code, TILE.reference(), threads=128)
+
+
+@check("one tile on the GPU", points=2, needs="hopper")
+def test_one(answer: Answer) -> None:
+    TILE.require_written(answer)
+    for head_dim in (64, 128):
+        copied(answer, numbered(1, 1, ROWS, head_dim))
+
+
+@check("many tiles through one slot", points=1, needs="hopper")
+def test_many(answer: Answer) -> None:
+    TILE.require_written(answer)
+    for length in (2 * ROWS, 3 * ROWS, 40 * ROWS):
+        copied(answer, numbered(2, 3, length, 128))
+
+
+@check("rows past the end are zeros; strides and NaN around the tensor", points=1, needs="hopper")
+def test_ragged(answer: Answer) -> None:
+    TILE.require_written(answer)
+    for length, layout in ((1, "bhnd"), (65, "bnhd"), (127, "padded"), (200, "padded")):
+        copied(answer, numbered(2, 3, length, 64, layout))
+        copied(answer, numbered(1, 2, length, 128, layout))
+
+
+@check("the same bits in 20 runs", points=1, needs="hopper")
+def test_deterministic(answer: Answer) -> None:
+    TILE.require_written(answer)
+    x = numbered(4, 16, 1000, 128)
+    copied(answer, x)
+    first = answer.call(engines.HOST, "copy_tiles", x, device="cuda")
+    for run in range(2, 21):
+        again = answer.call(engines.HOST, "copy_tiles", x, device="cuda")
+        if not torch.equal(first.view(torch.int16), again.view(torch.int16)):
+            raise CheckFailed(f"run {run} gives other numbers: a slot is overwritten before all threads have read it")
