@@ -2,6 +2,7 @@
 
 The descriptor is 5-D, (64 columns, rows, head_dim / 64, heads, batch): 64 16-bit values are the 128 bytes that the
 swizzle spans, so one box of `rows` x head_dim lands in shared memory as head_dim / 64 blocks of rows x 128 bytes.
+Where rows are shorter than that (8-bit values, head_dim 64) the swizzle may span 64 or 32 bytes instead.
 Batch and head are dimensions of their own, so rows past the end read as zeros and never as the next head's first rows.
 """
 
@@ -28,10 +29,21 @@ class TileGeometry:
     sizes: tuple[int, ...]  # (columns of a block, len, blocks, heads, batch)
     strides: tuple[int, ...]  # of all but the innermost
     box: tuple[int, ...]
+    swizzle_bytes: int = SWIZZLE_BYTES
 
 
-def tile_geometry(tensor: torch.Tensor, *, name: str, box_rows: int) -> TileGeometry:
-    """Check that TMA can fetch tiles of `box_rows` x head_dim from `tensor` (B, H, N, d), and describe how.
+def tile_geometry(
+    tensor: torch.Tensor,
+    *,
+    name: str,
+    box_rows: int,
+    box_columns: int | None = None,
+    swizzle_bytes: int = SWIZZLE_BYTES,
+) -> TileGeometry:
+    """Check that TMA can move tiles of `box_rows` x head_dim of `tensor` (B, H, N, d), and describe how.
+
+    `box_columns`, a multiple of the swizzle's bytes, moves only so many columns at a time. swizzle_bytes: 128, 64 or
+    32, the bytes of a row that lie together in shared memory.
 
     Needs no GPU. Raises ValueError naming the argument, its value and what is allowed.
     """
@@ -41,7 +53,7 @@ def tile_geometry(tensor: torch.Tensor, *, name: str, box_rows: int) -> TileGeom
         raise ValueError(f"{name} has dtype {tensor.dtype}; allowed: {', '.join(map(str, _ELEMENT_BYTES))}")
     size = _ELEMENT_BYTES[tensor.dtype]
     batch, heads, length, head_dim = tensor.shape
-    columns = SWIZZLE_BYTES // size
+    columns = swizzle_bytes // size
     if head_dim % columns:
         raise ValueError(f"{name} has head_dim = {head_dim}; allowed: a multiple of {columns} for {tensor.dtype}")
     if min(tensor.shape) == 0:
@@ -65,8 +77,9 @@ def tile_geometry(tensor: torch.Tensor, *, name: str, box_rows: int) -> TileGeom
     return TileGeometry(
         tensor.dtype,
         (columns, length, head_dim // columns, heads, batch),
-        (strides[0], SWIZZLE_BYTES, strides[1], strides[2]),
-        (columns, box_rows, head_dim // columns, 1, 1),
+        (strides[0], swizzle_bytes, strides[1], strides[2]),
+        (columns, box_rows, (box_columns or head_dim) // columns, 1, 1),
+        swizzle_bytes,
     )
 
 
@@ -102,7 +115,7 @@ def encode(geometry: TileGeometry, address: int) -> Descriptor:
         [driver.cuuint32_t(size) for size in geometry.box],
         [driver.cuuint32_t(1)] * rank,
         driver.CUtensorMapInterleave.CU_TENSOR_MAP_INTERLEAVE_NONE,
-        driver.CUtensorMapSwizzle.CU_TENSOR_MAP_SWIZZLE_128B,
+        getattr(driver.CUtensorMapSwizzle, f"CU_TENSOR_MAP_SWIZZLE_{geometry.swizzle_bytes}B"),
         driver.CUtensorMapL2promotion.CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
         driver.CUtensorMapFloatOOBfill.CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE,
     )
