@@ -30,6 +30,7 @@ constexpr int kProducerRegisters = FA_PRODUCER_REGISTERS, kConsumerRegisters = F
 
 constexpr int kBlockQ = 64 * kConsumers;
 constexpr int kThreads = 128 * (1 + kConsumers);
+constexpr int kOutputColumns = kHeadDim < 128 ? kHeadDim : 128;  // of O that are on their way out at a time
 constexpr u32 kBytesQ = kBlockQ * kHeadDim * 2, kBytesKV = kBlockK * kHeadDim * 2;
 constexpr int kColumnBlocks = 0;         // V lies as (keys, head_dim)
 constexpr float kLargestSum = 16384.0f;  // of a thread's exponentials in one block, before a new maximum is taken
@@ -37,18 +38,19 @@ constexpr float kLargestSum = 16384.0f;  // of a thread's exponentials in one bl
 // Names of the barriers in the debug build's deadlock record; fa3_forward.py has the same list.
 enum BarrierName { Q_FULL, Q_EMPTY, K_FULL, K_EMPTY, V_FULL, V_EMPTY };
 constexpr u32 kTurnBarrier = 1;  // named barriers 1 .. kConsumers: the turn of consumer 0, 1, ...
+constexpr u32 kOutputBarrier = kTurnBarrier + kConsumers;  // as many again: consumer 0, 1, ... with itself
 
 #include "attention_tiles.cuh"
 
 struct Problem : Schedule {
     float scale;
-    long long o_stride_batch, o_stride_head, o_stride_row;  // in elements
 };
 
 struct Shared {
     alignas(1024) u16 q[kQueryStages][kBlockQ * kHeadDim];
     alignas(1024) u16 k[kStages][kBlockK * kHeadDim];
     alignas(1024) u16 v[kStages][kBlockK * kHeadDim];
+    alignas(1024) u16 o[kConsumers][64 * kOutputColumns];
     u64 q_full[kQueryStages], q_empty[kQueryStages];
     u64 k_full[kStages], k_empty[kStages], v_full[kStages], v_empty[kStages];
     Tile tile[kQueryStages];  // published together with q_full
@@ -62,21 +64,7 @@ __device__ __forceinline__ u32 pack(float low, float high) {  // two values roun
     return packed;
 }
 
-// 4 x 4 transposition: lane q of a quad enters with x[j] = M[q][j] and leaves with x[j] = M[j][q]. Two rounds of
-// exchanging off-diagonal halves, first of the 2 x 2 blocks, then inside them.
-__device__ __forceinline__ void quad_transpose(u32 (&x)[4], int q) {
-#pragma unroll
-    for (int distance = 2; distance > 0; distance /= 2) {
-        const bool upper = q & distance;
-#pragma unroll
-        for (int j = 0; j < 4; ++j) {
-            if (j & distance) continue;
-            const u32 got = __shfl_xor_sync(0xffffffffu, upper ? x[j] : x[j + distance], distance);
-            if (upper) x[j] = got;
-            else x[j + distance] = got;
-        }
-    }
-}
+#include "attention_output.cuh"
 
 // ---- consumer ------------------------------------------------------------------------------------------------------
 // What a thread keeps for its two rows (l / 4 and l / 4 + 8 of its warp's 16).
@@ -144,30 +132,7 @@ __device__ __forceinline__ void keep(const u32 (&p)[kBlockK / 4]) {
     for (int i = 0; i < kBlockK / 4; ++i) asm volatile("st.shared.u32 [%0], %1;" ::"r"(0), "r"(p[i]));
 }
 
-// O rows of this thread -> global memory. Four lanes hold 8 neighbouring columns of a row two by two; a transposition
-// among them gives each lane 8 columns, one 16-byte store.
-__device__ __forceinline__ void store_rows(const float (&o)[kHeadDim / 2], const float (&inverse)[2], u16* o_top,
-                                           long long stride, int rows_left, int lane) {
-    const int q = lane % 4;
-#pragma unroll
-    for (int half = 0; half < 2; ++half) {
-        u16* row = o_top + half * 8 * stride;
-#pragma unroll
-        for (int g = 0; g < kHeadDim / 32; ++g) {  // 32 columns: chunk j of 8 columns goes to lane j of the quad
-            u32 x[4];
-#pragma unroll
-            for (int j = 0; j < 4; ++j) {
-                const int i = 16 * g + 4 * j + 2 * half;
-                x[j] = pack(o[i] * inverse[half], o[i + 1] * inverse[half]);
-            }
-            quad_transpose(x, q);
-            if (8 * half < rows_left)
-                *reinterpret_cast<uint4*>(row + 32 * g + 8 * q) = make_uint4(x[0], x[1], x[2], x[3]);
-        }
-    }
-}
-
-__device__ __forceinline__ void consume(Shared& shared, const int consumer, u16* o_pointer, float* lse_pointer,
+__device__ __forceinline__ void consume(Shared& shared, const int consumer, const TensorMap& o_map, float* lse_pointer,
                                         const Problem& problem) {
     const int thread = threadIdx.x % 128, lane = thread % 32;
     const int row_in_tile = 64 * consumer + 16 * (thread / 32) + lane / 4;
@@ -298,17 +263,16 @@ __device__ __forceinline__ void consume(Shared& shared, const int consumer, u16*
             if (lane % 4 == 0 && 8 * half < rows_left)
                 lse_top[8 * half] = sum == 0.0f ? -kInfinity : rows.scaled[half] * kLn2 + logf(sum);
         }
-        u16* o_top = o_pointer + tile.batch * problem.o_stride_batch + tile.head * problem.o_stride_head +
-                     row * problem.o_stride_row;
-        store_rows(o, inverse, o_top, problem.o_stride_row, rows_left, lane);
+        store_output(o, inverse, shared.o[consumer], o_map, tile, consumer);
     }
+    if (thread == 0) tma_store_wait_read<0>();  // shared memory must not go before TMA has read it
 }
 
 // ---- the kernel ----------------------------------------------------------------------------------------------------
 extern "C" __global__ void __launch_bounds__(kThreads, 1)
     fa3_forward(const __grid_constant__ TensorMap q_map, const __grid_constant__ TensorMap k_map,
-                const __grid_constant__ TensorMap v_map, u16* o, float* lse, u32* tile_counter,
-                const __grid_constant__ Problem problem) {
+                const __grid_constant__ TensorMap v_map, const __grid_constant__ TensorMap o_map, float* lse,
+                u32* tile_counter, const __grid_constant__ Problem problem) {
     extern __shared__ __align__(1024) unsigned char shared_bytes[];
     Shared& shared = *reinterpret_cast<Shared*>(shared_bytes);
     const int warpgroup = warp_uniform(threadIdx.x / 128);
@@ -334,6 +298,6 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1)
             produce(shared, q_map, k_map, v_map, tile_counter, problem);
     } else {
         registers_claim_up_to<kConsumerRegisters>();
-        consume(shared, warpgroup - 1, o, lse, problem);
+        consume(shared, warpgroup - 1, o_map, lse, problem);
     }
 }

@@ -54,8 +54,14 @@ class Config:
 
     @property
     def shared_bytes(self) -> int:
-        """Dynamic shared memory: Q, the two rings, and 1 KiB for barriers and the tile in work."""
-        return 2 * self.head_dim * (self.query_stages * self.block_q + 2 * self.stages * self.block_k) + 1024
+        """Dynamic shared memory: Q, the two rings, O on its way out, and 1 KiB for barriers and the tile in work."""
+        rows = self.query_stages * self.block_q + 2 * self.stages * self.block_k
+        return 2 * (self.head_dim * rows + self.output_columns * self.block_q) + 1024
+
+    @property
+    def output_columns(self) -> int:
+        """Columns of O that a consumer hands to TMA at a time."""
+        return min(self.head_dim, 128)
 
 
 # (head_dim, causal) -> tile. Registers: (1 x producer + consumers x consumer) x 128 must not exceed what the block has.
@@ -103,9 +109,6 @@ class Problem(ctypes.Structure):
         ("queries_per_key_head", ctypes.c_int),
         ("heads_per_section", ctypes.c_int),
         ("scale", ctypes.c_float),
-        ("o_stride_batch", ctypes.c_longlong),
-        ("o_stride_head", ctypes.c_longlong),
-        ("o_stride_row", ctypes.c_longlong),
     ]
 
 
@@ -148,6 +151,7 @@ class _Plan:
             tile_geometry(q, name="q", box_rows=config.block_q),
             tile_geometry(k, name="k", box_rows=config.block_k),
             tile_geometry(v, name="v", box_rows=config.block_k),
+            tile_geometry(torch.empty_like(q), name="o", box_rows=64, box_columns=config.output_columns),
         )
         query_tiles = math.ceil(len_q / config.block_q)
         heads = batch * heads_q
@@ -156,12 +160,11 @@ class _Plan:
         heads_in_l2 = max(1, L2_BYTES_FOR_KEYS // (2 * len_k * head_dim * q.element_size()))
         per_key_head = heads_q // heads_kv
         section = min(heads, 2 ** int(math.log2(heads_in_l2)) * per_key_head) if causal else 1
-        o_strides = torch.empty_like(q).stride()[:3]
-        problem = Problem(len_q, len_k, query_tiles, heads, heads_q, per_key_head, section, scale, *o_strides)
-        self.descriptors = (Descriptor(), Descriptor(), Descriptor())
-        self.o, self.lse, self.counter = ctypes.c_void_p(), ctypes.c_void_p(), ctypes.c_void_p()
-        self.arguments = Arguments(*self.descriptors, self.o, self.lse, self.counter, problem)
-        self.addresses: tuple[int, ...] = ()  # of q, k, v, as encoded in the descriptors
+        problem = Problem(len_q, len_k, query_tiles, heads, heads_q, per_key_head, section, scale)
+        self.descriptors = tuple(Descriptor() for _ in self.geometry)
+        self.lse, self.counter = ctypes.c_void_p(), ctypes.c_void_p()
+        self.arguments = Arguments(*self.descriptors, self.lse, self.counter, problem)
+        self.addresses: tuple[int, ...] = ()  # of q, k, v, o, as encoded in the descriptors
         self.lse_shape = (batch, heads_q, len_q)
         self.device = q.device.index
         self.grid = (min(query_tiles * heads, torch.cuda.get_device_properties(q.device).multi_processor_count),)
@@ -174,16 +177,16 @@ class _Plan:
         o = torch.empty_like(q)
         lse = torch.empty(self.lse_shape, dtype=torch.float32, device=q.device)
         with self.lock:  # the arguments are shared by all calls, and copied by the driver when it queues the kernel
-            addresses = (q.data_ptr(), k.data_ptr(), v.data_ptr())
+            addresses = (q.data_ptr(), k.data_ptr(), v.data_ptr(), o.data_ptr())
             if addresses != self.addresses:
                 for name, address, geometry, slot in zip(
-                    "qkv", addresses, self.geometry, self.descriptors, strict=True
+                    "qkvo", addresses, self.geometry, self.descriptors, strict=True
                 ):
                     check_address(address, name)
                     ctypes.memmove(slot, encode(geometry, address), ctypes.sizeof(slot))
                 self.addresses = addresses
             counter = self._tile_counter()
-            self.o.value, self.lse.value, self.counter.value = o.data_ptr(), lse.data_ptr(), counter.data_ptr()
+            self.lse.value, self.counter.value = lse.data_ptr(), counter.data_ptr()
             self.kernel.launch(self.device, self.grid, self.arguments)
         return o, lse
 
