@@ -1,0 +1,249 @@
+"""Micro-measurements on a Hopper GPU from which the model takes its rates and latencies.
+
+On an H100:  python -m fa_reference.hopper.calibrate [--out results]
+
+writes results/calibration_<device>.json: every number measured, as clocks of one SM, with provenance; and the clocks
+that the chapters' kernels took, which the model has to predict (`fa_reference.hopper.predict` compares). Nothing here
+is needed to use the model: timing.py reads the committed record.
+"""
+
+import argparse
+import ctypes
+import statistics
+import time
+from pathlib import Path
+
+import torch
+
+from fa_reference.bench.record import RESULTS, provenance, save, slug
+from fa_reference.course import ROOT
+from fa_reference.kernels import Arguments, CompiledKernel, LoadedKernel, compile_kernel, encode, tile_geometry
+
+MICRO = ROOT / "cuda" / "micro"
+ROUNDS, CHAINS = 128, 16  # of units.cu
+OPERATIONS = ("fma", "add", "mul", "max", "exp2", "to_bf16", "to_fp16", "to_e4m3", "shuffle")
+WGMMA_N = (64, 128, 256)
+WGMMA_KINDS = ("ss", "rs", "fp8_ss", "fp8_rs")
+WGMMA_GROUPS = 64  # of wgmma.cu
+BARRIER_ROUNDS = 256  # of barriers.cu
+SOFTMAX_ROUNDS = 32
+LAUNCHES = 60
+TMA_SLOTS = 4  # of tma.cu
+KERNEL_CHAPTERS = (6, 7, 8, 9)
+L2_ROWS, HBM_ROWS = 1 << 16, 1 << 23  # of 256 bytes: 16.8 MB, 2.1 GB
+
+
+def build(name: str, head_dim: int = 128) -> CompiledKernel:
+    """One of cuda/micro's files; needs no GPU. beside.cu includes chapter 8's kernel for its softmax."""
+    defines = {"FA_HEAD_DIM": head_dim, "FA_BLOCK_K": 128, "FA_STAGES": 2, "FA_CAUSAL": 0, "FA_BF16": 1}
+    return compile_kernel(
+        MICRO / f"{name}.cu",
+        defines=defines if name == "beside" else {},
+        include_dirs=[ROOT / "cuda", ROOT / "solutions" / "08_pingpong"],
+    )
+
+
+def _run(
+    compiled: CompiledKernel,
+    name: str,
+    threads: int,
+    *parameters: ctypes._SimpleCData | ctypes.Array,
+    grid: int = 1,
+    shared_bytes: int = 0,
+    results: int = 64,
+    before: tuple = (),
+    times: int = 3,
+) -> list[int]:
+    """Launch a few times and return the median of every word it wrote. `before`: parameters in front of `out`."""
+    kernel = LoadedKernel(compiled, name, threads=threads, shared_bytes=shared_bytes)
+    device = torch.cuda.current_device()
+    seen = []
+    for _ in range(times):
+        out = torch.zeros(results, dtype=torch.int32, device="cuda")
+        kernel.launch(device, (grid,), Arguments(*before, ctypes.c_void_p(out.data_ptr()), *parameters))
+        torch.cuda.synchronize()
+        seen.append(out.cpu().tolist())
+    return [int(statistics.median(word)) for word in zip(*seen, strict=True)]
+
+
+def units() -> dict:
+    """Clocks of a warp instruction on one of the four sub-cores: issued back to back by 1, 2, 4 warps each; latency."""
+    compiled, found = build("units"), {}
+    for name in OPERATIONS:
+        rate = {}
+        for warps in (1, 2, 4):  # a sub-core
+            clocks = _run(compiled, f"rate_{name}", 128 * warps, results=16)[: 4 * warps]
+            rate[str(warps)] = round(statistics.median(clocks) / (ROUNDS * CHAINS * warps), 3)
+        latency = _run(compiled, f"latency_{name}", 32, results=16)[0] / ROUNDS
+        found[name] = {"clocks_by_warps": rate, "latency": round(latency, 2)}
+    found["quad_max"] = {"latency": round(_run(compiled, "quad_max", 32)[0] / ROUNDS, 1)}
+    return found
+
+
+def wgmma() -> dict:
+    """Clocks of one m64nNk16 (e4m3: k32) in long batches, by one and two warpgroups; of short batches alone."""
+    compiled, found = build("wgmma"), {}
+    for kind in WGMMA_KINDS:
+        for n in WGMMA_N:
+            one = _run(compiled, f"{kind}_n{n}", 128, shared_bytes=98304)
+            two = _run(compiled, f"{kind}_n{n}", 256, shared_bytes=98304)
+            total = 8 * WGMMA_GROUPS
+            found[f"{kind}_n{n}"] = {
+                "clocks": round(one[8] / total, 2),
+                "clocks_two_warpgroups": round(max(two[8], two[24]) / (2 * total), 2),
+                "batch": {
+                    str(size): {"issued": one[2 * i], "done": one[2 * i + 1]} for i, size in enumerate((1, 2, 4, 8))
+                },
+            }
+    return found
+
+
+def barriers() -> dict:
+    """Clocks of a hand-over, of a wait that need not wait, of an arrival."""
+    out = _run(build("barriers"), "barriers", 256)
+    return {
+        "mbarrier_hand_over": out[0] / BARRIER_ROUNDS / 2,
+        "named_barrier_hand_over": out[1] / BARRIER_ROUNDS / 2,
+        "mbarrier_wait_when_complete": out[2] / BARRIER_ROUNDS,
+        "mbarrier_arrive": out[3] / BARRIER_ROUNDS,
+        "named_barrier_sync_alone": out[4] / BARRIER_ROUNDS,
+    }
+
+
+def tma() -> dict:
+    """Latency of a small box and of a whole tile, bytes a clock for one SM and for all, from L2 and from HBM."""
+    compiled, found = build("tma"), {}
+    sms = torch.cuda.get_device_properties(0).multi_processor_count
+    flush = torch.empty(1 << 28, dtype=torch.uint8, device="cuda")
+    tensors = {
+        level: torch.randn(1, 1, rows, 128, device="cuda", dtype=torch.bfloat16)
+        for level, rows in (("L2", L2_ROWS), ("HBM", HBM_ROWS))
+    }
+
+    def loads(level: str, *, box: int, count: int, ahead: int, grid: int, apart: int) -> list[list[int]]:
+        x = tensors[level]
+        if level == "HBM":
+            flush.fill_(1)
+        else:
+            x.sum()  # into L2
+        descriptor = encode(tile_geometry(x, name="x", box_rows=box), x.data_ptr())
+        numbers = (count, ahead, box, box * 256, apart, x.shape[2] - box)
+        out = _run(
+            compiled,
+            "loads",
+            32,
+            *(ctypes.c_int(number) for number in numbers),
+            before=(descriptor,),
+            grid=grid,
+            shared_bytes=TMA_SLOTS * box * 256,
+            results=4 * grid,
+            times=1 if level == "HBM" else 3,
+        )
+        return [out[i : i + 4] for i in range(0, len(out), 4)]
+
+    for level in tensors:
+        found[level] = {}
+        for box in (8, 64, 128):
+            _, _, shortest, median = loads(level, box=box, count=64, ahead=0, grid=1, apart=0)[0]
+            found[level][f"latency_{box * 256}_bytes"] = {"shortest": shortest, "median": median}
+        for name, grid, apart, count in (
+            ("one_sm", 1, 0, 256),
+            ("all_sms_apart", sms, tensors[level].shape[2] // sms // 128 * 128, 256),
+            ("all_sms_same_rows", sms, 0, 256),
+        ):
+            blocks = loads(level, box=128, count=count, ahead=TMA_SLOTS, grid=grid, apart=apart)
+            rate = statistics.median(size / clocks for clocks, size, *_ in blocks)
+            found[level][f"bytes_per_clk_{name}"] = round(rate, 2)
+    return found
+
+
+def softmax() -> dict:
+    """Clocks of one softmax step of a warpgroup (softmax, rescale, round), alone and beside another warpgroup's work,
+    and of that work beside it."""
+    found: dict = {}
+    data = torch.randn(256, device="cuda")
+    for head_dim in (64, 128):
+        compiled = build("beside", head_dim)
+        shared = 2 * head_dim * (128 + 4 * 128) + 1024
+        for mode, name in enumerate(("alone", "beside QK", "beside PV", "beside softmax")):
+            out = _run(
+                compiled,
+                "beside",
+                256,
+                ctypes.c_void_p(data.data_ptr()),
+                ctypes.c_int(mode),
+                ctypes.c_int(SOFTMAX_ROUNDS),
+                ctypes.c_float(0.1),
+                shared_bytes=shared,
+            )
+            found.setdefault(f"d{head_dim}", {})[name] = {
+                "softmax": round(out[2] / out[3], 1),
+                "other": round(out[0] / out[1], 1) if out[1] else None,
+            }
+    return found
+
+
+def kernel_cycles() -> dict:
+    """Clocks a block of the chapters' kernels took, from the SM's clock at its start and end, in the middle of a grid
+    that fills the GPU; and milliseconds of the whole grid with the SM clock meanwhile."""
+    from fa_reference.bench.monitor import Monitor
+    from fa_reference.kernels import trace
+
+    found = {}
+    for chapter in KERNEL_CHAPTERS:
+        kernel = trace.kernel_of(chapter)
+        for head_dim in (64, 128):
+            entry: dict = {}
+            for key_blocks in (32, 64):
+                blocks = trace.record(kernel, head_dim, torch.bfloat16, level=trace.CYCLES, key_blocks=key_blocks)
+                entry[f"block_of_{key_blocks}"] = [trace.cycles_of(block) for block in blocks]
+            monitor = Monitor(every_s=0.02)
+            shape = (4, 8192, 16, head_dim)
+            q, k, v = (torch.randn(shape, device="cuda", dtype=torch.bfloat16).transpose(1, 2) for _ in range(3))
+            start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            for launches in (20, LAUNCHES):
+                start.record()
+                for _ in range(launches):
+                    kernel.forward(q, k, v)
+                stop.record()
+                monitor.take()
+                while not stop.query():
+                    monitor()
+                    time.sleep(0.005)
+            entry["grid"] = {
+                "batch_len_heads": shape[:3],
+                "milliseconds": round(start.elapsed_time(stop) / LAUNCHES, 4),
+                "sm_clock_mhz": sorted({sample[0] for sample in monitor.samples}),
+            }
+            found[f"chapter {chapter}, d {head_dim}"] = entry
+    return found
+
+
+def main() -> None:
+    """The command line."""
+    parser = argparse.ArgumentParser(
+        description="Measure the units of one SM, and the chapters' kernels in its clocks."
+    )
+    parser.add_argument("--out", type=Path, default=RESULTS)
+    options = parser.parse_args()
+    record = {"kind": "calibration", "provenance": provenance(["python", "-m", "fa_reference.hopper.calibrate"])}
+    path = options.out / f"calibration_{slug(record['provenance']['device'])}.json"
+    for name, measure in {
+        "kernels": kernel_cycles,
+        "units": units,
+        "wgmma": wgmma,
+        "barriers": barriers,
+        "softmax": softmax,
+        "tma": tma,
+    }.items():
+        try:
+            record[name] = measure()
+        except Exception as error:  # the others are worth having
+            record[name] = {"failed": f"{type(error).__name__}: {error}"}
+        save(record, path)
+        print(name, record[name], flush=True)
+    print(path)
+
+
+if __name__ == "__main__":
+    main()
