@@ -1,18 +1,12 @@
 """Graded checks of chapter 6, attention.cu: one warpgroup, TMA and wgmma, no specialisation."""
 
 from fa_reference.course import chapter
-from fa_reference.grading import CheckFailed, check, cuda, properties
+from fa_reference.grading import CheckFailed, check, cuda, hopper_cases
 from fa_reference.grading.answer import Answer
 from fa_reference.grading.hopper import Kernel
-from fa_reference.inputs import Case
 
 KERNEL = Kernel(6, "attention.py", "attention.cu", threads=128)
 FA2, PROBLEM = "fa2_cuda.py", (4, 16, 8192, 128, False)  # batch, heads, N, d, causal
-
-
-def numbers(answer: Answer, cases: list[Case], bug: str = "") -> None:
-    seed = properties.fresh_seed()
-    KERNEL.numbers(answer, [case.but(seed=seed) for case in cases], bug)
 
 
 @check("compiles", points=0, compiled=True)
@@ -48,61 +42,39 @@ def test_instructions(answer: Answer) -> None:
             raise CheckFailed("each product needs a wgmma_fence before it and a wgmma_wait behind it")
 
 
-@check("the first rows on the GPU", points=3, needs="hopper")
-def test_small(answer: Answer) -> None:
-    cases = [Case(64, 128), Case(64, 256), Case(128, 384, heads_q=3), Case(256, 512)]
-    numbers(answer, [case.but(dtype="bfloat16") for case in cases])
+@check("whole blocks on the GPU", points=3, needs="hopper")
+def test_whole_blocks(answer: Answer) -> None:
+    KERNEL.numbers(answer, hopper_cases.whole_blocks(), "the order of wait, product, wait, next load")
 
 
 @check("ragged lengths; the padding is NaN", points=1, needs="hopper")
 def test_ragged(answer: Answer) -> None:
-    cases = [Case(5, 3), Case(3, 70), Case(70, 150), Case(130, 270), Case(257, 391)]
-    numbers(answer, [c.but(dtype="float16", layout="padded") for c in cases], "rows and keys beyond the ends")
+    KERNEL.numbers(answer, hopper_cases.ragged(), "rows and keys beyond the ends")
 
 
-@check("causal mask ends at the bottom right", points=1, needs="hopper")
+@check("causal mask ends at the bottom right; rows without keys", points=1, needs="hopper")
 def test_causal(answer: Answer) -> None:
-    shapes = ((8, 8), (70, 70), (20, 150), (1, 40), (300, 300), (257, 391))
-    cases = [Case(*shape, dtype="bfloat16", causal=True) for shape in shapes]
-    numbers(answer, cases, "query i sees key j if j <= i + len_k - len_q")
-
-
-@check("rows without keys", points=1, needs="hopper")
-def test_empty(answer: Answer) -> None:
-    numbers(answer, [Case(3, 0, dtype="float16"), Case(150, 20, dtype="float16", causal=True)])
+    KERNEL.numbers(answer, hopper_cases.causal(), "query i sees key j if j <= i + len_k - len_q")
 
 
 @check("large and shifted scores", points=1, needs="hopper")
 def test_large(answer: Answer) -> None:
-    kinds = ("rising", "large", "shifted", "outliers")
-    numbers(answer, [Case(20, 300, dtype="bfloat16", kind=kind) for kind in kinds])
+    KERNEL.numbers(answer, hopper_cases.large_scores(), "the running maximum, and rescaling by it")
 
 
 @check("GQA, any strides, real activations", points=1, needs="hopper")
 def test_layouts(answer: Answer) -> None:
-    cases = [
-        Case(66, 90, batch=2, heads_q=4, heads_kv=2),
-        Case(66, 90, batch=2, heads_q=4, heads_kv=2, layout="bnhd"),
-        Case(66, 190, batch=2, heads_q=4, heads_kv=1, layout="padded", causal=True, scale=0.3),
-        Case(40, 160, heads_q=3, kind="smollm2", causal=True),
-    ]
-    numbers(answer, [case.but(dtype="bfloat16") for case in cases], "the key head; strides")
+    KERNEL.numbers(answer, hopper_cases.layouts(), "the key head; strides")
 
 
 @check("right at full size", points=1, needs="hopper")
 def test_full_size(answer: Answer) -> None:
-    cases = [
-        Case(1000, 1000, heads_q=2, causal=True),
-        Case(4096, 4096, batch=2, heads_q=8, heads_kv=2),
-        # Hundreds of blocks of keys: a factor that is nearly, but not quite 1 adds up.
-        Case(128, 32768, head_dim=128),
-    ]
-    numbers(answer, [case.but(dtype="bfloat16", layout="bnhd") for case in cases])
+    KERNEL.numbers(answer, hopper_cases.full_size())
 
 
 @check("the same bits in 20 runs", points=1, needs="hopper")
 def test_deterministic(answer: Answer) -> None:
-    KERNEL.deterministic(answer, Case(1111, 1111, heads_q=8, head_dim=128, dtype="bfloat16", causal=True))
+    KERNEL.deterministic(answer, hopper_cases.repeated())
 
 
 @check("bad input is refused", points=1, needs="hopper")
