@@ -100,14 +100,16 @@ class Answer:
         device: str = "cpu",
         forbid: Sequence[str] = ATTENTION,
         allow_changes: bool = False,
+        driver: str | None = None,
         **kwargs: Any,
     ) -> Any:
         """Call `function` of the learner's `file` and return its result, tensors on the CPU.
 
+        With `driver`, a module of the course, call that module's `function` with the learner's module first.
         CheckFailed in the learner's words for an exception, a time-out, a dead process, a call of a forbidden torch
         function, a changed input, or a result that shares memory with an input.
         """
-        answer = self._ask(file, function, args, kwargs, device, forbid, None)
+        answer = self._ask(file, function, args, kwargs, device, forbid, None, driver)
         if not allow_changes:
             self._refuse_side_effects(function, args, answer)
         return answer["value"]
@@ -163,7 +165,15 @@ class Answer:
         return answer
 
     def _exchange(
-        self, file: str, function: str, args: tuple, kwargs: dict, device: str, forbid: Sequence[str], counted: Any
+        self,
+        file: str,
+        function: str,
+        args: tuple,
+        kwargs: dict,
+        device: str,
+        forbid: Sequence[str],
+        counted: Any,
+        driver: str | None = None,
     ) -> dict[str, Any]:
         if not (self.folder / file).is_file():
             raise CannotRun(f"there is no file {file} in {self.folder}")
@@ -177,6 +187,7 @@ class Answer:
             "kwargs": kwargs,
             "forbid": list(forbid),
             "counted": counted,
+            "driver": driver,
         }
         limit = self._limit or TIME_LIMIT[device] * (AFTER_A_TIMEOUT if self.workshop.timed_out else 1)
         began = time.monotonic()

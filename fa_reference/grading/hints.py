@@ -45,7 +45,8 @@ def is_open(where: Chapter, exercise: Exercise) -> bool:
     if path.suffix in (".cu", ".cuh"):
         pattern, todo = rf"^[^\n/]*\b{exercise.function}\([^;{{]*\{{.*?^\}}", "// TODO"
     else:
-        pattern, todo = rf"^def {exercise.function}\b.*?(?=^(?:def|class|@|[A-Z_]+ =)|\Z)", "# TODO"
+        end = r"(?=^(?:async def|def|class|@|[A-Z_]+ =)|\Z)"
+        pattern, todo = rf"^(?:async )?def {exercise.function}\b.*?{end}", "# TODO"
     found = re.search(pattern, source, re.M | re.S)
     return found is None or todo in found[0]
 

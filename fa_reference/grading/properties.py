@@ -37,7 +37,7 @@ def close(actual: Tensor, expected: Tensor, what: str, *, tolerance: float = 1e-
         raise CheckFailed(f"{what}: {count}; at {list(index)} it is {float(a[index]):.6g}, not {float(e[index]):.6g}")
 
 
-def _verdict(report: ErrorReport) -> str:
+def errors_in_words(report: ErrorReport) -> str:
     """The three errors beside what is allowed, the ones that are too large marked."""
     rows = (
         ("RMS error of O", report.rms, report.rms_allowed),
@@ -60,7 +60,7 @@ def judged(o: Tensor, lse: Tensor, qkv: Sequence[Tensor], case: Case, bug: str =
     lines = [likely] if likely else []
     if bug and (likely is None or likely.startswith("where: ")):
         lines.append(f"this check is about: {bug}")
-    raise CheckFailed("\n".join([*lines, _verdict(report), f"smallest failing case: {case}"]))
+    raise CheckFailed("\n".join([*lines, errors_in_words(report), f"smallest failing case: {case}"]))
 
 
 def attention(

@@ -8,10 +8,12 @@ import types
 import weakref
 from collections.abc import Callable, Coroutine, Generator, Iterable, Iterator
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fa_reference.hopper.memory import Access, Buffer, Fact, still_needed
 from fa_reference.hopper.registers import Fragment, Work
+from fa_reference.hopper.report import Issued
 from fa_reference.hopper.rules import (
     MissingAwait,
     MissingProxyFence,
@@ -115,25 +117,37 @@ class Agent:
         place = "outside its loop" if self.iteration is None else f"iteration {self.iteration}"
         return {"warpgroup": self.name, "place": place, "iteration": self.iteration, "buffer": buffer}
 
+    def line(self) -> str:
+        """Where in the kernel's source, outside of this package, the role now stands: "consume.py, line 12"."""
+        frame, coroutine = None, self.role
+        while getattr(coroutine, "cr_frame", None):
+            if not coroutine.cr_frame.f_globals.get("__name__", "").startswith(__package__):
+                frame = coroutine.cr_frame
+            coroutine = coroutine.cr_await
+        return f"{Path(frame.f_code.co_filename).name}, line {frame.f_lineno}" if frame else ""
+
     # --- time
 
     def start(self, role: Coroutine) -> None:
         """Take on a role. `steps` goes through it, stopping where the warpgroup has to wait."""
         if not isinstance(role, Coroutine):
             raise TypeError(f"the role of {self.name} returned {role!r}; a role is an `async def` function of wg")
-        self.steps, self.close = role.__await__(), role.close
+        self.role, self.steps, self.close = role, role.__await__(), role.close
 
     async def sleep_until(self, time: float) -> None:
         """Do nothing until then."""
         if time > self.sm.now:
             await suspend(lambda resume: self.sm.at(time, resume))
 
-    async def issue(self, name: str, operand: str = "") -> None:
-        """The beginning of every instruction: finish the arithmetic before it, then take an issue slot."""
+    async def issue(self, name: str, operand: str = "", *, source: str = "", amount: int = 0) -> None:
+        """The beginning of every instruction: finish the arithmetic before it, then take an issue slot.
+
+        operand, source, amount: for the record of issued instructions (see Issued).
+        """
         await self._finish_work()
         self._check_budget()
         start = self.sm.now
-        self.sm.log_issue(self, name, operand)
+        self.sm.issued.append(Issued(start, self.name, name, operand, self.iteration, source, amount))
         await self.sleep_until(start + self.sm.luck.vary(self.sm.timing.issue))
         self.span("issue", f"{name} {operand}".strip(), start, self.iteration)
 

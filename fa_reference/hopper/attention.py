@@ -17,14 +17,17 @@ from fa_reference.validation import check_attention_inputs
 
 LN2 = float(np.log(2.0))
 LOG2_E = 1 / LN2
-DTYPES = (torch.float16, torch.bfloat16)
+DTYPES = (torch.float16, torch.bfloat16, torch.float8_e4m3fn)
+FP8 = "float8_e4m3fn"
+FP8_OFFSET = 8  # P is computed as 2^8 exp(s - m), as e4m3 holds [2^-9, 448]; O and l contain the factor, so it cancels
 
 
 @dataclass(frozen=True)
 class AttentionBlock:
     """What one block computes: 64 queries for each of its consumer warpgroups, of one head.
 
-    Q, O (N_q, d), K, V (N_k, d) and L (N_q, 1), the log-sum-exp in float32, in global memory; row: the first query.
+    Q, O (N_q, d), K, V (N_k, d) and L (N_q, 1), the log-sum-exp in float32, in global memory; row: the first query. O
+    has the dtype of Q, or bfloat16 if that is fp8, whose scales are part of `scale`.
     """
 
     Q: GlobalTensor
@@ -45,7 +48,7 @@ class AttentionBlock:
 
     @property
     def dtype(self) -> str:
-        """Of Q, K, V and O."""
+        """Of Q, K and V."""
         return self.Q.dtype
 
     @property
@@ -74,6 +77,7 @@ class OnlineSoftmax:
 
     def __init__(self, wg: Warpgroup, scale: float, dtype: str) -> None:
         self.scale_log2, self.dtype = scale * LOG2_E, dtype
+        self.offset = FP8_OFFSET if dtype == FP8 else 0
         self.m, self.l = wg.full(1, -np.inf), wg.full(1, 0.0)
 
     def step(self, S: Fragment) -> tuple[Fragment, Fragment]:
@@ -81,7 +85,7 @@ class OnlineSoftmax:
         m_new = maximum(self.m, S.row_max())
         shift = -(m_new.finite_or(0.0) * self.scale_log2)
         rescale = exp2(fma(self.m, self.scale_log2, shift))
-        P = exp2(fma(S, self.scale_log2, shift))
+        P = exp2(fma(S, self.scale_log2, shift + self.offset if self.offset else shift))
         self.l = fma(self.l, rescale, P.row_sum())
         self.m = m_new
         return P.to(self.dtype), rescale
@@ -90,7 +94,7 @@ class OnlineSoftmax:
         """(O / l, log-sum-exp); 0 and -inf for rows without keys."""
         empty = self.l.values == 0
         O *= reciprocal(self.l).where(~empty, 0.0)
-        L = fma(self.m, self.scale_log2, log2(self.l)) * LN2
+        L = (fma(self.m, self.scale_log2, log2(self.l)) - self.offset) * LN2
         return O, L.where(~empty, -np.inf)
 
 
@@ -125,13 +129,15 @@ def run_attention(
 ) -> AttentionRun:
     """Run a schedule on whole tensors, one simulated block after the other.
 
-    q (B, H_q, N_q, d); k, v (B, H_kv, N_k, d), CPU, float16 or bfloat16. `schedule` is a module with
-    CONSUMERS (the default for `consumers`) and kernel(sm, block, **options), which returns the roles. Raises ValueError
-    for bad inputs, RuleBroken for a wrong schedule.
+    q (B, H_q, N_q, d); k, v (B, H_kv, N_k, d), CPU, float16, bfloat16 or float8_e4m3fn (codes whose scales, if any, the
+    caller folds into `scale`; o is bfloat16 then). `schedule` is a module with CONSUMERS (the default for `consumers`)
+    and kernel(sm, block, **options), which returns the roles. Raises ValueError for bad inputs, RuleBroken for a wrong
+    schedule.
     """
     consumers = schedule.CONSUMERS if consumers is None else consumers
     scale = check_attention_inputs(q, k, v, causal=causal, scale=scale, dtypes=DTYPES, devices=("cpu",))
     dtype = str(q.dtype).removeprefix("torch.")
+    out = "bfloat16" if dtype == FP8 else dtype
     group = q.shape[1] // k.shape[1]
     o, lse = np.full(q.shape, np.nan, np.float32), np.full((*q.shape[:3], 1), np.nan, np.float32)
     Q, K, V = (x.float().numpy() for x in (q, k, v))
@@ -143,7 +149,7 @@ def run_attention(
                 Q=sm.gmem("Q", Q[b, h], dtype, level="HBM"),
                 K=sm.gmem("K", K[b, h // group], dtype),
                 V=sm.gmem("V", V[b, h // group], dtype),
-                O=sm.gmem("O", o[b, h], dtype, level="HBM"),
+                O=sm.gmem("O", o[b, h], out, level="HBM"),
                 L=sm.gmem("L", lse[b, h], "float32"),
                 row=row,
                 consumers=consumers,
@@ -152,4 +158,4 @@ def run_attention(
                 scale=scale,
             )
             reports.append(sm.run(schedule.kernel(sm, block, **options)))
-    return AttentionRun(torch.from_numpy(o).to(q.dtype), torch.from_numpy(lse[..., 0]), reports)
+    return AttentionRun(torch.from_numpy(o).to(getattr(torch, out)), torch.from_numpy(lse[..., 0]), reports)

@@ -2,10 +2,12 @@
 
 from typing import TYPE_CHECKING
 
+import numpy as np
+
 from fa_reference.hopper.agent import Agent, Group, instruction
 from fa_reference.hopper.barriers import Mbarrier
-from fa_reference.hopper.memory import Buffer, GlobalTensor, round_to
-from fa_reference.hopper.registers import Fragment
+from fa_reference.hopper.memory import DTYPE_BYTES, Buffer, GlobalTensor, round_to
+from fa_reference.hopper.registers import ROWS, Fragment, Work
 from fa_reference.hopper.rules import IllegalOperand
 
 if TYPE_CHECKING:
@@ -28,8 +30,9 @@ class Copies(Agent):
 
         Rows outside the tensor become zeros. Returns at once; the tile is there when the mbarrier's phase completes.
         """
-        await self.issue("TMA load", buffer.name)
+        await self.issue("TMA load", buffer.name, source=source.name, amount=buffer.bytes)
         self._check_box(buffer, source)
+        buffer.source = source.name
         access = self.access(buffer, "TMA load", writes=True, generic=False, mbarrier=mbarrier)
         phase, where = mbarrier.phase, self.where(buffer.name)
 
@@ -96,26 +99,43 @@ class Copies(Agent):
     @instruction
     async def load_shared(self, buffer: Buffer) -> Fragment:
         """ld.shared / ldmatrix: a tile of 64 rows to registers."""
-        await self.issue("ld.shared", buffer.name)
-        access = self.access(buffer, "ld.shared", writes=False, generic=True)
-        values = buffer.data.copy()
-        await self.sleep_until(
-            self.sm.units["smem"].reserve(buffer.bytes, self, f"load {buffer.name}", self.iteration)[1]
-        )
+        return await self._load_shared("ld.shared", buffer, buffer.data)
+
+    @instruction
+    async def load_shared_transposed(self, buffer: Buffer, column: int) -> Fragment:
+        """ldmatrix.trans: columns column .. column + 63 of a tile, as the 64 rows of one in registers.
+
+        The hardware transposes units of 16 bits; for fp8 a byte permutation (prmt) then parts the two rows in a unit.
+        """
+        columns = buffer.data[:, column : column + ROWS]
+        if columns.shape[1] != ROWS:
+            message = f"ldmatrix.trans of columns {column} to {column + ROWS - 1} of {buffer}"
+            raise IllegalOperand(message, **self.where(buffer.name))
+        tile = await self._load_shared("ldmatrix.trans", buffer, columns.T)
+        if DTYPE_BYTES[buffer.dtype] == 1:
+            self.work.append(Work("FP32", 128 * tile.registers, "prmt", self.iteration))
+        return tile
+
+    async def _load_shared(self, what: str, buffer: Buffer, values: np.ndarray) -> Fragment:
+        await self.issue(what, buffer.name)
+        access = self.access(buffer, what, writes=False, generic=True)
+        values = values.copy()
+        size = values.size * DTYPE_BYTES[buffer.dtype]
+        await self.sleep_until(self.sm.units["smem"].reserve(size, self, f"load {buffer.name}", self.iteration)[1])
         self.known.add((access, "over"))
         return Fragment(self, values, buffer.dtype)
 
     @instruction
-    async def store_shared(self, buffer: Buffer, tile: Fragment) -> None:
-        """st.shared / stmatrix: a tile to shared memory, through the generic proxy."""
+    async def store_shared(self, buffer: Buffer, tile: Fragment, row: int = 0) -> None:
+        """st.shared / stmatrix: a tile to rows row .. row + 63 of one in shared memory, through the generic proxy."""
         await self.issue("st.shared", buffer.name)
-        if tile.shape != buffer.shape:
-            raise IllegalOperand(f"st.shared of {tile} to {buffer}", **self.where(buffer.name))
+        if (row + ROWS > buffer.shape[0], tile.shape[1]) != (False, buffer.shape[1]):
+            message = f"st.shared of {tile} to rows {row} to {row + ROWS - 1} of {buffer}"
+            raise IllegalOperand(message, **self.where(buffer.name))
         access = self.access(buffer, "st.shared", writes=True, generic=True)
-        buffer.data[:] = round_to(tile.values, buffer.dtype)
-        await self.sleep_until(
-            self.sm.units["smem"].reserve(buffer.bytes, self, f"store {buffer.name}", self.iteration)[1]
-        )
+        buffer.data[row : row + ROWS] = round_to(tile.values, buffer.dtype)
+        size = tile.shape[0] * tile.shape[1] * DTYPE_BYTES[buffer.dtype]
+        await self.sleep_until(self.sm.units["smem"].reserve(size, self, f"store {buffer.name}", self.iteration)[1])
         self.known.add((access, "over"))
 
     @instruction

@@ -84,6 +84,7 @@ class Buffer:
         self.name, self.shape, self.dtype = name, shape, dtype
         self.bytes = shape[0] * shape[1] * DTYPE_BYTES[dtype]
         self.data = np.full(shape, np.nan, np.float32)
+        self.source = ""  # the tensor from which TMA last loaded it
         self.last_write: Access | None = None
         self.reads: list[Access] = []
 

@@ -14,13 +14,19 @@ if TYPE_CHECKING:
 
 
 class Issued(NamedTuple):
-    """An instruction, in the order of issue."""
+    """An instruction, in the order of issue.
+
+    source: the tensor in global memory that a TMA load reads, or from which TMA loaded the A operand of a wgmma
+    ("registers", if A is there; "", if it is a tile written by ordinary stores). amount: bytes or FLOP of those two.
+    """
 
     cycle: float
     warpgroup: str
     instruction: str
     operand: str
     iteration: int | None
+    source: str
+    amount: int
 
 
 @dataclass(frozen=True)

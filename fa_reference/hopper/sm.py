@@ -213,10 +213,6 @@ class SM:
             raise error
         self.violations.append(error)
 
-    def log_issue(self, wg: Agent, instruction: str, operand: str) -> None:
-        """Note an instruction for `report.issued`."""
-        self.issued.append(Issued(self.now, wg.name, instruction, operand, wg.iteration))
-
     # --- endings
 
     def _explain_deadlock(self) -> None:
@@ -228,7 +224,9 @@ class SM:
             place = wg.where()["place"]
             mbarrier = next((m for m in self.mbarriers if m.missing == missing), None)
             phase = f" phase {mbarrier.phase} (parity {mbarrier.phase % 2})" if mbarrier else ""
-            waits.append(f"{wg.name}, {place}: waits since cycle {since:.0f} for {what}{phase}, lacking {missing()}")
+            line = wg.line() and f" ({wg.line()})"
+            wait = f"waits since cycle {since:.0f} for {what}{phase}{line}, lacking {missing()}"
+            waits.append(f"{wg.name}, {place}: {wait}")
         first = min(stuck, key=lambda wg: wg.waiting[2])
         where = first.where(first.waiting[0])
         returned = [wg.name for wg in self._warpgroups if wg.done]

@@ -162,7 +162,8 @@ class Warpgroup(Copies):
         (K, N) with trans_b (16-bit types only). One k step of 16 (fp8: 32) is one PTX instruction; this does all.
         """
         operands = f"{getattr(A, 'name', 'registers')} {B.name}"
-        await self.issue("wgmma", operands)
+        flop = 2 * D.shape[0] * D.shape[1] * A.shape[1]
+        await self.issue("wgmma", operands, source=getattr(A, "source", "registers"), amount=flop)
         self._check_wgmma(D, A, B, trans_b)
         registers = [D, A] if isinstance(A, Fragment) else [D]
         for fragment in registers:
@@ -184,7 +185,7 @@ class Warpgroup(Copies):
             multiply_accumulate(D._values, a, B.data if trans_b else B.data.T, scale_d)
             group.one_done()
 
-        timing, flop = self.sm.timing, 2 * D.shape[0] * D.shape[1] * A.shape[1]
+        timing = self.sm.timing
         size = sum(x.bytes for x in buffers)
         self.sm.units["smem"].count(size)
         fp8 = timing.fp8_factor if DTYPE_BYTES[B.dtype] == 1 else 1

@@ -1,4 +1,5 @@
-"""What the warp-specialised schedules share: rings of K and V tiles, the producer that fills them, the epilogue."""
+"""What chapter 7's schedule writes out and the later ones share: rings of tiles, the producer that fills them, the
+epilogue."""
 
 from dataclasses import dataclass
 
@@ -16,9 +17,9 @@ CONSUMER_REGISTERS = {1: 256, 2: 240, 3: 160}
 
 @dataclass(frozen=True)
 class Ring:
-    """`stages` tiles in shared memory, each with a full barrier (one arrival, and bytes) and an empty barrier.
+    """Slots for tiles in shared memory, each with a full barrier (one arrival, and bytes) and an empty barrier.
 
-    Tile j goes to stage j % stages, in round j // stages: its full barrier's phase is the round, and so is the phase
+    Tile j goes to slot j % slots, in round j // slots: its full barrier's phase is the round, and so is the phase
     of its empty barrier that its release completes.
     """
 
@@ -38,26 +39,26 @@ class Ring:
             [sm.mbarrier(f"{name}_empty[{s}]", consumers) for s in each],
         )
 
-    def stage(self, j: int) -> tuple[int, int]:
-        """(stage, parity of the round) of tile j."""
+    def position(self, j: int) -> tuple[int, int]:
+        """(slot, parity of the round) of tile j."""
         return j % len(self.tiles), j // len(self.tiles) % 2
 
     async def load(self, wg: Warpgroup, j: int) -> None:
-        """Producer: wait until tile j's stage is free (the round before was released), then load."""
-        s, parity = self.stage(j)
+        """Producer: wait until tile j's slot is free (the round before was released), then load."""
+        s, parity = self.position(j)
         await wg.mbarrier_wait(self.empty[s], parity ^ 1)
         await wg.mbarrier_arrive_expect_tx(self.full[s], self.tiles[s].bytes)
         await wg.tma_load(self.tiles[s], self.source, j * self.tiles[s].shape[0], self.full[s])
 
     async def wait(self, wg: Warpgroup, j: int) -> Buffer:
         """Consumer: tile j, once it is there."""
-        s, parity = self.stage(j)
+        s, parity = self.position(j)
         await wg.mbarrier_wait(self.full[s], parity)
         return self.tiles[s]
 
     async def release(self, wg: Warpgroup, j: int) -> None:
-        """Consumer: this warpgroup has read tile j."""
-        await wg.mbarrier_arrive(self.empty[self.stage(j)[0]])
+        """Consumer: give the slot of tile j back, as far as this warpgroup is concerned."""
+        await wg.mbarrier_arrive(self.empty[self.position(j)[0]])
 
 
 @dataclass(frozen=True)
@@ -81,31 +82,31 @@ class Tiles:
 
 
 async def produce(wg: Warpgroup, block: AttentionBlock, tiles: Tiles) -> None:
-    """The producer warpgroup: Q once, then tiles as stages become free, each K_(j+1) before V_j.
-
-    A consumer may need K_(j+1) before it can release V_(j-1), so waiting for V_j's stage first would hold it up.
-    """
+    """The producer warpgroup: Q once, then K_j and V_j for every key block j, as slots become free."""
     await wg.setmaxnreg_dec(PRODUCER_REGISTERS[block.consumers])
-    await wg.mbarrier_arrive_expect_tx(tiles.Q_full, sum(Q.bytes for Q in tiles.Q))
-    for w, Q in enumerate(tiles.Q):
-        await wg.tma_load(Q, block.Q, block.row + ROWS * w, tiles.Q_full)
+    await load_queries(wg, block, tiles.Q, tiles.Q_full)
     for j in wg.loop(range(block.key_blocks)):
-        if j == 0:
-            await tiles.K.load(wg, 0)
-        if j + 1 < block.key_blocks:
-            await tiles.K.load(wg, j + 1)
+        await tiles.K.load(wg, j)
         await tiles.V.load(wg, j)
 
 
+async def load_queries(wg: Warpgroup, block: AttentionBlock, tiles: list[Buffer], full: Mbarrier) -> None:
+    """Start to load the Q tiles of all consumers, on one phase of `full`."""
+    await wg.mbarrier_arrive_expect_tx(full, sum(Q.bytes for Q in tiles))
+    for w, Q in enumerate(tiles):
+        await wg.tma_load(Q, block.Q, block.row + ROWS * w, full)
+
+
 async def epilogue(
-    wg: Warpgroup, w: int, block: AttentionBlock, Q: Buffer, O: Fragment, softmax: OnlineSoftmax
+    wg: Warpgroup, w: int, block: AttentionBlock, tile: Buffer, O: Fragment, softmax: OnlineSoftmax
 ) -> None:
-    """Normalise and store O (through this consumer's Q tile, which nobody reads any more) and the log-sum-exp."""
+    """Normalise and store O and the log-sum-exp of consumer w; O goes through a tile of shared memory that nobody reads
+    any more, such as the consumer's Q."""
     row = block.row + ROWS * w
     O, L = softmax.finish(O)
     await wg.store_global(block.L, row, L)
-    await wg.store_shared(Q, O)
+    await wg.store_shared(tile, O)
     await wg.fence_proxy_async()
-    await wg.tma_store(block.O, row, Q)
+    await wg.tma_store(block.O, row, tile)
     await wg.bulk_commit_group()
     await wg.bulk_wait_group(0)

@@ -1,0 +1,162 @@
+"""Grade a schedule.py on the model of an SM: right numbers, at every ring depth and length, whatever the timing.
+
+The learner's kernel runs in the child process (simulate.py); inputs are made and outputs judged here.
+"""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from itertools import count
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fa_reference.error_rule import Yardstick
+from fa_reference.fp8 import Arithmetic, forward_fp8
+from fa_reference.gold import baseline_attention
+from fa_reference.grading import properties
+from fa_reference.grading.answer import FAILURES, Answer
+from fa_reference.grading.check import CheckFailed
+from fa_reference.grading.diagnose import diagnose
+from fa_reference.grading.timeline import Timeline
+from fa_reference.inputs import Case
+
+FILE = "schedule.py"
+FP8 = "float8_e4m3fn"
+BLOCK_K = 64  # small, so that many runs take little time
+SEEDS = 224  # random timings: 7 for each of 4 ring depths and 8 lengths
+LENGTHS = range(1, 9)  # in blocks of keys
+
+
+def case(len_q: int, len_k: int, dtype: str = "bfloat16", **options: Any) -> Case:
+    """A case with fresh numbers."""
+    return Case(len_q, len_k, dtype=dtype, **{"seed": properties.fresh_seed()} | options)
+
+
+def fp8_baseline(q: Tensor, k: Tensor, v: Tensor, *, causal: bool, scale: float | None) -> tuple[Tensor, Tensor]:
+    """What the error rule compares with in FP8: the emulated kernel, on codes without scales."""
+    one = [torch.ones(x.shape[:2]) for x in (q, k, v)]
+    scales = {"q_scale": one[0], "k_scale": one[1], "v_scale": one[2]}
+    codes = (x.to(torch.float8_e4m3fn) for x in (q, k, v))
+    return forward_fp8(*codes, causal=causal, scale=scale, arithmetic=Arithmetic(block_k=BLOCK_K), **scales)
+
+
+def yardstick(qkv: Sequence[Tensor], problem: Case) -> Yardstick:
+    """Gold attention of one problem and the errors allowed."""
+    fp8 = problem.dtype == FP8
+    tensors = [x.float() for x in qkv] if fp8 else qkv
+    baseline = fp8_baseline if fp8 else baseline_attention
+    return Yardstick.of(*tensors, causal=problem.causal, scale=problem.scale, baseline=baseline)
+
+
+@dataclass(frozen=True)
+class Run:
+    """One run on the model: the options that differ from other runs, and the trace of its first block if asked for."""
+
+    options: dict[str, Any]
+    timeline: Timeline | None
+
+
+def _words(problem: Case, block_k: int, options: dict[str, Any]) -> str:
+    """Which run it was."""
+    blocks = -(-problem.len_k // block_k)
+    parts = [f"{blocks} blocks of {block_k} keys"]
+    parts += [f"{options['stages']} stages"] if "stages" in options else []
+    parts += [f"random timing {options['seed']}"] if options.get("seed") is not None else []
+    return f"in a run with {', '.join(parts)}: {problem}"
+
+
+def simulate(
+    answer: Answer, problem: Case, runs: Iterable[dict[str, Any]], *, block_k: int = BLOCK_K, trace: bool = False
+) -> list[Run]:
+    """Run the learner's kernel on one problem, once for every set of options (stages, seed), and judge the numbers.
+
+    CheckFailed names the broken rule or the wrong numbers, and the run.
+    """
+    runs, qkv = list(runs), problem.make()
+    options: dict[str, Any] = {"causal": problem.causal, "scale": problem.scale, "block_k": block_k}
+    results = answer.call(
+        FILE,
+        "kernel",
+        *(x.float() for x in qkv),
+        runs,
+        driver="fa_reference.grading.simulate",
+        dtype=problem.dtype,
+        trace=trace,
+        **options,
+    )
+    measure = yardstick(qkv, problem)
+    done, right = [], None
+    for run, result in zip(runs, results):
+        words = _words(problem, block_k, run)
+        failure = result.get("failure")
+        if failure:
+            kind = FAILURES.get(failure["kind"], CheckFailed)
+            raise kind(f"{failure['message']}\n{words}")
+        o, lse = result["o"], result["lse"]
+        if right is None or not torch.equal(o, right):
+            _judge(o, lse, qkv, problem, measure, words)
+            right = o
+        timeline = Timeline(result["spans"], result["issued"], block_k, problem.head_dim) if trace else None
+        done.append(Run(run, timeline))
+    return done
+
+
+def _judge(o: Tensor, lse: Tensor, qkv: Sequence[Tensor], problem: Case, measure: Yardstick, words: str) -> None:
+    report = measure.judge(o, lse)
+    if report.passed:
+        return
+    floats = [x.float() for x in qkv] if problem.dtype == FP8 else qkv
+    likely = diagnose(o, lse, *floats, causal=problem.causal, scale=problem.scale)
+    if not o.isfinite().all():
+        likely = "the output holds NaN or infinities: was something read that no load or store had written?"
+    raise CheckFailed("\n".join([*([likely] if likely else []), properties.errors_in_words(report), words]))
+
+
+def numbers(answer: Answer, problems: Iterable[Case], *, block_k: int = BLOCK_K, **options: Any) -> None:
+    """The right numbers on every problem, smallest first, with the model's nominal timing."""
+    for problem in problems:
+        simulate(answer, problem, [options], block_k=block_k)
+
+
+def awkward(queries: int, dtype: str = "bfloat16") -> list[Case]:
+    """Problems that expose bugs, for blocks of `queries` queries: no key, one, ragged, masks, rows without keys."""
+    make = [
+        case(queries, 0, dtype),
+        case(3, 1, dtype),
+        case(queries, 70, dtype),
+        case(queries + 22, 333, dtype, kind="rising"),
+        case(queries, 200, dtype, causal=True),
+        case(queries + 2, 300, dtype, causal=True, kind="large"),
+        case(queries + 72, 100, dtype, causal=True),
+        case(40, 130, dtype, heads_q=4, heads_kv=2, kind="shifted"),
+    ]
+    return make
+
+
+def every_depth(answer: Answer, queries: int, dtype: str = "bfloat16", depths: Sequence[int] = (1, 2, 3, 4)) -> None:
+    """The right numbers for every number of stages and 1 to 8 blocks, also fewer blocks than stages."""
+    for blocks in LENGTHS:
+        simulate(answer, case(queries, BLOCK_K * blocks - 3, dtype), [{"stages": stages} for stages in depths])
+
+
+def any_timing(
+    answer: Answer,
+    queries: int,
+    dtype: str = "bfloat16",
+    depths: Sequence[int] = (1, 2, 3, 4),
+    *,
+    seeds: int = SEEDS,
+    trace: bool = False,
+) -> list[Run]:
+    """No broken rule, and the right numbers, under `seeds` random timings, shared by all depths and 1 to 8 blocks.
+
+    depths: () for a schedule without stages.
+    """
+    options = [{"stages": n} for n in depths] or [{}]
+    each = -(-seeds // (len(options) * len(LENGTHS)))
+    numbers, done = count(), []
+    for blocks in LENGTHS:
+        runs = [o | {"seed": next(numbers)} for o in options for _ in range(each)]
+        done += simulate(answer, case(queries, BLOCK_K * blocks - 3, dtype), runs, trace=trace)
+    return done
