@@ -52,12 +52,12 @@ __device__ __forceinline__ bool mbarrier_try_wait(u64* barrier, u32 parity) {
 // what the arriving threads wrote before, are visible afterwards; no proxy fence is needed.
 // `name` and `iteration` are only used by the debug and the tracing build (deadlock.cuh, trace.cuh).
 __device__ __forceinline__ void mbarrier_wait(u64* barrier, u32 parity, u32 name = 0, u32 iteration = 0) {
-    trace_event(TRACE_MBARRIER, name, iteration);
+    const u32 began = trace_begin();
 #ifdef FA_DEBUG
     bounded_wait([&] { return mbarrier_try_wait(barrier, parity); }, name, parity, iteration);
 #else
     while (!mbarrier_try_wait(barrier, parity)) {
     }
 #endif
-    trace_event(TRACE_MBARRIER_DONE, name, iteration);
+    trace_over(TRACE_MBARRIER, name, began);
 }

@@ -9,13 +9,13 @@
 #include "trace.cuh"
 
 __device__ __forceinline__ void named_barrier_sync(u32 barrier, u32 threads) {
-    trace_event(TRACE_BARRIER, barrier);
+    const u32 began = trace_begin();
 #ifdef FA_DEBUG
     debug_sync(barrier, threads);
 #else
     asm volatile("barrier.sync.aligned %0, %1;" ::"r"(barrier), "r"(threads) : "memory");
 #endif
-    trace_event(TRACE_BARRIER_DONE, barrier);
+    trace_over(TRACE_BARRIER, barrier, began);
 }
 
 __device__ __forceinline__ void named_barrier_arrive(u32 barrier, u32 threads) {

@@ -27,22 +27,19 @@ __device__ __forceinline__ u64 wgmma_advance(u64 descriptor, u32 bytes) { return
 
 // Orders register accesses of this warpgroup before the wgmmas that follow: needed before the first one, and whenever
 // other instructions have touched accumulators or A registers since. PTX ISA: "wgmma.fence".
-__device__ __forceinline__ void wgmma_fence() {
-    trace_event(TRACE_WGMMA_FENCE);
-    asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
-}
+__device__ __forceinline__ void wgmma_fence() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
 
 // Closes a batch of wgmmas. PTX ISA: "wgmma.commit_group".
 __device__ __forceinline__ void wgmma_commit() {
     asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
-    trace_event(TRACE_WGMMA_COMMIT);
+    trace_moment(TRACE_COMMIT);
 }
 
 // Returns when at most the newest kPending batches are unfinished. Until then neither the accumulators nor the A
 // registers of an unfinished batch may be touched, nor its shared memory overwritten. PTX ISA: "wgmma.wait_group".
 template <int kPending>
 __device__ __forceinline__ void wgmma_wait() {
-    trace_event(TRACE_WGMMA_WAIT, kPending);
+    const u32 began = trace_begin();
     asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(kPending) : "memory");
-    trace_event(TRACE_WGMMA_DONE, kPending);
+    trace_over(TRACE_WGMMA, kPending, began);
 }

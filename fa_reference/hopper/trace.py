@@ -9,8 +9,9 @@ The format is that of Chrome's trace viewer (ui.perfetto.dev opens it): a JSON o
 `ts` and `dur` are SM clock cycles (the viewer calls them microseconds). pid 0 holds a track for every warpgroup, pid 1
 one for every unit of the SM. `cat` is the kind of a span: "wait", "math", "issue" on warpgroups, "unit" on units.
 args.iteration is the loop iteration or null, args.owner the warpgroup for which a unit works. A trace recorded by a
-kernel has the same tracks for warpgroups and no units: start and stop of each span, read from the SM's clock, less the
-smallest start of the block.
+kernel has the same tracks for warpgroups; start and stop of each span are read from the SM's clock, less the smallest
+start of the block. Instead of units it has a track for every consumer, "wgmma of consumer 0", with its wgmma groups in
+flight ("QK" or "PV"): from their issue to the end of the wait that covers them, so at most that long.
 """
 
 import json
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 COLORS = {"wait": "#dddddd", "math": "#e69f00", "issue": "#999999", "wgmma": "#0072b2", "exp": "#d55e00"}
+COLORS |= {"QK": "#0072b2", "PV": "#56b4e9"}  # wgmma groups in flight, in recorded traces
 COLORS |= {"FP32": "#e69f00", "convert": "#f0e442", "TMA": "#009e73", "TMA store": "#56b4e9", "smem": "#cc79a7"}
 
 

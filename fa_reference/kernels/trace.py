@@ -6,8 +6,8 @@ On an H100 or H200:
     python -m fa_reference.kernels.trace 9 --head-dim 64 --out folder
 
 writes trace_<chapter>_<device>.json (format: fa_reference/hopper/trace.py; ui.perfetto.dev opens it) and a figure, and
-prints what the consumers' time went to. The kernels are not changed: the wrappers in cuda/hopper note when they begin
-and end (trace.cuh), and start and end of the kernel are inserted into a copy of its source.
+prints what the consumers' time went to. The kernels are not changed: the wrappers in cuda/hopper note how long
+waits took (trace.cuh), and start and end of the kernel are inserted into a copy of its source.
 """
 
 import argparse
@@ -87,16 +87,17 @@ def build(kernel: AttentionKernel, head_dim: int, dtype: torch.dtype, level: int
 
 
 def decode(words: Sequence[Sequence[int]]) -> list[Event]:
-    """Events of one warpgroup, in order, from its slots: (slots, 2) of 32-bit words, (0, 0) where nothing was noted."""
-    noted = [(clock, code) for clock, code in words if code]
-    clocks = sorted(clock for clock, _ in noted)
+    """Events of one warpgroup, in order, from its slots: (slots, 4) of 32-bit words, zeros where nothing was noted."""
+    noted = [(start, stop, code) for start, stop, code, _ in words if code]
+    starts = sorted(start for start, _, _ in noted)
     # The clock has 32 bits: if it came round meanwhile, the widest gap is where the record begins.
-    gaps = [(b - a, b) for a, b in zip(clocks, clocks[1:] + [clocks[0] + 2**32], strict=True)] if clocks else []
+    gaps = [(b - a, b) for a, b in zip(starts, starts[1:] + [starts[0] + 2**32], strict=True)] if starts else []
     first = max(gaps)[1] % 2**32 if gaps else 0
     events = [
-        Event((clock - first) % 2**32 + first, Kind(code & 15), code >> 4 & 255, code >> 12) for clock, code in noted
+        Event((start - first) % 2**32 + first, (stop - first) % 2**32 + first, Kind(code & 15), code >> 4)
+        for start, stop, code in noted
     ]
-    return sorted(events, key=lambda event: event.clock)
+    return sorted(events, key=lambda event: event.start)
 
 
 def record(
@@ -115,10 +116,10 @@ def record(
     found = loaded(kernel, head_dim, dtype, False, False, source)
     found.clear_global("fa_trace_events")
     kernel.forward(q, k, v, source=source)
-    words = found.read_global("fa_trace_events", 2 * BLOCKS * WARPGROUPS * SLOTS)
-    slots = torch.tensor(words, dtype=torch.int64).view(BLOCKS, WARPGROUPS, SLOTS, 2)
+    words = found.read_global("fa_trace_events", 4 * BLOCKS * WARPGROUPS * SLOTS)
+    slots = torch.tensor(words, dtype=torch.int64).view(BLOCKS, WARPGROUPS, SLOTS, 4)
     used = kernel.threads // 128
-    return [[decode(one[one[:, 1] != 0].tolist()) for one in block[:used]] for block in slots]
+    return [[decode(one[one[:, 2] != 0].tolist()) for one in block[:used]] for block in slots]
 
 
 def name_warpgroups(kernel: AttentionKernel, events: Sequence[Sequence[Event]]) -> dict[str, Sequence[Event]]:
@@ -130,7 +131,7 @@ def name_warpgroups(kernel: AttentionKernel, events: Sequence[Sequence[Event]]) 
 
 def cycles_of(events: Sequence[Sequence[Event]]) -> int:
     """Clocks from a block's start to its end."""
-    clocks = [event.clock for one in events for event in one if event.kind in (Kind.START, Kind.END)]
+    clocks = [event.start for one in events for event in one if event.kind in (Kind.START, Kind.END)]
     if len(clocks) < 2:
         raise TraceBroken(f"a block has {len(clocks)} marks for start and end")
     return max(clocks) - min(clocks)
