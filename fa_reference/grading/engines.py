@@ -103,7 +103,7 @@ def wrapper(answer: Answer, file: str, course: Sequence[str], body: str, *, call
     raise CheckFailed(f"{file}: {call} does more, or less, than one instruction")
 
 
-def on_gpu(answer: Answer, function: str, *args: object, file: str) -> object:
+def on_gpu(answer: Answer, function: str, *args: object) -> object:
     """Call a function of engines.py on the GPU: first in the debug build, where no barrier waits for ever, then again.
 
     CheckFailed in words for a hang; returns the release build's result.

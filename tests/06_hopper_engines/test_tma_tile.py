@@ -28,24 +28,30 @@ def copied(answer: Answer, x: Tensor) -> None:
     if not wrong.any():
         return
     b, h, row, column = wrong.nonzero()[0].tolist()
-    value = got[b, h, row, column]
-    where = f"batch {b}, head {h}, row {row}, column {column} of {tuple(x.shape)} ({int(wrong.sum())} wrong elements)"
-    places = (right[b, h, row // ROWS * ROWS :][:ROWS].view(torch.int16) == value.view(torch.int16)).nonzero().tolist()
-    if value.isnan():
+    value, tile = got[b, h, row, column].view(torch.int16), row // ROWS
+    same = right[b, h].view(torch.int16).unflatten(0, (-1, ROWS)) == value
+    earlier = [n for n in range(tile) if same[n, row % ROWS, column]]
+    places = same[tile].nonzero().tolist()
+    if got[b, h, row, column].isnan():
         words = "is NaN: it was never written"
-    elif places and len(places) < 4:
-        words = f"holds the tile's element (row {places[0][0]}, column {places[0][1]}): is that tile_offset?"
-    elif row // ROWS > 0 and value in right[b, h, : row // ROWS * ROWS]:
-        words = "holds an element of an earlier tile: is the parity of tile n equal to n % 2?"
+    elif earlier:
+        words = f"is still that of tile {earlier[-1]}: is the parity of tile n equal to n % 2?"
+    elif places:
+        words = f"holds the element of row {places[0][0]}, column {places[0][1]} of its tile: is that tile_offset?"
     else:
-        words = "holds nothing of its tile"
-    raise CheckFailed(f"{where} {words}")
+        words = "holds nothing of its tile: are the coordinates of the load right?"
+    where = f"batch {b}, head {h}, row {row}, column {column} of {tuple(x.shape)}"
+    raise CheckFailed(f"{where} {words} ({int(wrong.sum())} elements are wrong)")
 
 
 def numbered(batch: int, heads: int, length: int, head_dim: int, layout: str = "bhnd") -> Tensor:
-    """A tensor whose elements tell their place: neighbours differ, in random order of bits, finite bf16."""
+    """A tensor in which no number occurs twice in a tile: all are finite in bf16, in random order."""
     generator = torch.Generator().manual_seed(properties.fresh_seed())
-    x = torch.randn(batch, heads, length, head_dim, generator=generator).bfloat16()
+    tiles = [torch.randperm(32000, generator=generator)[: ROWS * head_dim] + 1 for _ in range(-(-length // ROWS))]
+    rows = torch.stack(tiles).view(1, 1, -1, head_dim)[:, :, :length]
+    # Other heads hold the same numbers, moved on.
+    moved = torch.arange(batch * heads).view(batch, heads, 1, 1) * 37
+    x = ((rows + moved) % 32000 + 1).to(torch.int16).view(torch.bfloat16)
     if layout == "bnhd":
         x = x.transpose(1, 2).contiguous().transpose(1, 2)
     if layout == "padded":

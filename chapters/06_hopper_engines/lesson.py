@@ -1,0 +1,501 @@
+# ---
+# jupyter:
+#   jupytext:
+#     text_representation:
+#       extension: .py
+#       format_name: percent
+#   kernelspec:
+#     display_name: Python 3
+#     language: python
+#     name: python3
+# ---
+
+# %% [markdown]
+# # Chapter 6: Hopper's engines
+#
+# In chapter 5 every thread worked for every byte: it computed addresses, copied 16 bytes at a time, loaded fragments,
+# multiplied them. A Hopper SM (H100, H200) has two engines that take this off its hands:
+#
+# - **TMA**, the copy engine: one thread asks for a whole tile of a tensor, and gets on with its work.
+# - **wgmma**, the matrix engine: 128 threads start a product of tiles that lie in shared memory, and get on with theirs.
+#
+# Both are *asynchronous*: an instruction only starts something. You must know when it is over, and that is what
+# *mbarriers*, fences and waits are for. You write the wrappers of all of them yourself, then use them:
+#
+# | step | file | what |
+# |---|---|---|
+# | first | `schedule.py` | the whole kernel in Python, on a model of an SM that catches every forgotten wait |
+# | | `layouts.py` | swizzle, descriptors, fragments: pure functions, graded exactly on any machine |
+# | a | `tma_engine.cuh`, `tma_tile.cu` | mbarrier and TMA: load tiles, find every element |
+# | b | `wgmma_engine.cuh`, `wgmma_tile.cu` | descriptors and products: one tile of $QK^T$, one of $PV$ |
+# | c | `attention.cu` | attention by one warpgroup |
+#
+# The host's side (`engines.py`, `attention.py`) is given. `attention.cu` includes the course's wrappers from
+# `cuda/hopper/`, and so do the chapters after this one: they are the ones that you write here, for every size.
+
+# %%
+import json
+
+import matplotlib.pyplot as plt
+import numpy as np
+import torch
+from IPython.display import Markdown, display
+
+from fa_reference.course import ROOT
+from fa_reference.kernels import KernelDeadlock, LoadedKernel, count_instructions
+from fa_reference.lesson import COLOURS, answer, recorded, solution, style
+
+style()
+layouts = answer(6, "layouts.py")
+host = solution(6, "attention.py")
+engines = solution(6, "engines.py")
+SOFT = ["#cfe3f3", "#f8dfc3", "#cdebdd", "#f0d3e4", "#fbf3c4", "#dcd6f0", "#d9d9d9", "#f6cfc7"]
+
+# %% [markdown]
+# @@SCHEDULE@@
+#
+# ## Step (a): TMA and the mbarrier that counts bytes
+#
+# **What TMA needs to know.** The host describes the tensor once, in 128 bytes: sizes, strides, and the box that one
+# load brings (`cuTensorMapEncodeTiled`; the descriptor goes to the kernel as a parameter). A load then only names the
+# corner of a box. The engine computes addresses, fills what lies outside the tensor with zeros, and stores the box to
+# shared memory.
+#
+# A box may be 128 bytes wide, 64 numbers of 16 bits, if it is to be swizzled over 128 bytes. So a tile of
+# `rows` x 128 numbers is a box of `rows` x 64 x 2, with the halves of a row in a dimension of their own.
+
+# %%
+q = torch.empty(2, 300, 16, 128, dtype=torch.bfloat16).transpose(1, 2)  # (B, H, N, d), stored as (B, N, H, d)
+sizes, strides, box = layouts.tma_view(tuple(q.shape), q.stride(), 64)
+names = ("columns of a block", "rows (N)", "blocks of 64 columns", "heads", "batch")
+lines = ["| dimension | size | bytes to the next | box |", "|---|---|---|---|"]
+for name, size, stride, part in zip(names, sizes, (2, *strides), box, strict=True):
+    lines.append(f"| {name} | {size} | {stride} | {part} |")
+display(Markdown(f"Q of shape {tuple(q.shape)}, strides {q.stride()}, as TMA sees it:\n\n" + "\n".join(lines)))
+
+# %% [markdown]
+# Rows past the end of a head come as zeros, not as the next head's first rows: that is what heads and batch being
+# dimensions of their own buys. Ragged lengths cost nothing on loads.
+#
+# **Predict.** `fa2.cu` copies a tile of K with `cp.async`, 16 bytes an instruction and thread. How many instructions do
+# its 128 threads issue together for a tile of 128 keys at d 128? How many does `attention.cu`?
+
+# %%
+my_prediction_copies = None  # your number
+print(f"cp.async: {128 * 128 * 2 // 16} times 16 bytes; TMA: 1 instruction, issued by 1 thread")
+
+# %% [markdown]
+# ### When has it arrived? The mbarrier
+#
+# An *mbarrier* is eight bytes in shared memory that count two things down: *arrivals* of threads, and *bytes* that TMA
+# still has to deliver. When both are zero the phase is over, and the next begins by itself. Phases are numbered 0, 1,
+# 2, ...; a waiter names the one it waits for by its *parity*, 0 or 1.
+#
+# A model of it in a few lines, and what happens to it when two tiles come one after the other:
+
+# %%
+
+
+class Barrier:
+    """What an mbarrier counts."""
+
+    def __init__(self, arrivals):
+        self.arrivals, self.pending, self.bytes, self.phase = arrivals, arrivals, 0, 0
+
+    def arrive_expect_tx(self, announced):
+        self.bytes += announced
+        self.pending -= 1
+        self._turn()
+
+    def complete_tx(self, delivered):  # TMA does this
+        self.bytes -= delivered
+        self._turn()
+
+    def try_wait(self, parity):
+        """True once the phase of this parity is over: the current phase has the other parity."""
+        return self.phase % 2 != parity
+
+    def _turn(self):
+        if self.pending == 0 and self.bytes == 0:
+            self.phase, self.pending = self.phase + 1, self.arrivals
+
+
+barrier, lines = Barrier(arrivals=1), ["| event | arrivals | bytes | phase | wait(0) | wait(1) |", "|---|---|---|---|---|---|"]
+
+
+def note(event):
+    waits = " | ".join("passes" if barrier.try_wait(parity) else "blocks" for parity in (0, 1))
+    lines.append(f"| {event} | {barrier.pending} | {barrier.bytes} | {barrier.phase} | {waits} |")
+
+
+note("init(1)")
+for tile in (0, 1):
+    barrier.arrive_expect_tx(16384)
+    note(f"tile {tile}: arrive.expect_tx(16384)")
+    barrier.complete_tx(8192)
+    note("TMA delivers 8192 bytes")
+    barrier.complete_tx(8192)
+    note("TMA delivers 8192 bytes")
+display(Markdown("\n".join(lines)))
+
+# %% [markdown]
+# Read the two last columns. On a fresh barrier wait(1) passes: "the phase before the first" counts as over. (Chapter 7
+# makes use of that.) Tile n is phase n, so its reader waits for parity n mod 2. A reader that always waits for parity 0
+# passes at once for tile 1, and reads tile 0 again, or half of each. A waiter must never fall two phases behind.
+#
+# **Announce first.** If the bytes were announced after the arrival, the phase could end before a byte has come. The
+# instruction `mbarrier.arrive.expect_tx` does both in the right order. Zeros that fill what is outside the tensor count
+# as bytes, so the number is always that of the whole box.
+#
+# ### What each instruction guarantees
+#
+# | wrapper | guarantee | PTX ISA |
+# |---|---|---|
+# | `mbarrier_init` | counts are set; nobody else knows yet | mbarrier.init |
+# | `mbarrier_init_fence` | TMA, which uses another path to memory (the *async proxy*), sees the barrier | fence.mbarrier_init |
+# | `mbarrier_arrive_expect_tx` | bytes are announced, then one arrival counted | mbarrier.arrive |
+# | `tma_load_5d` | nothing but that the load will happen, and report its bytes to the barrier | cp.async.bulk.tensor |
+# | `mbarrier_wait` | what TMA wrote in that phase is visible to this thread | mbarrier.try_wait |
+# | `__syncthreads` after reading | all threads have read the slot: TMA may overwrite it | bar.sync |
+#
+# ### Where is it? The swizzle
+#
+# Chapter 5 moved 16-byte chunks around inside a row, by exclusive or with the row, so that eight rows of one chunk lie
+# in different banks. TMA does the same on its way in. Hopper's version is defined on the address: bits 7 to 9 are added
+# to bits 4 to 6, without carry. As a row of a block is 128 bytes and tiles start at multiples of 1024, that is
+# `chunk ^ (row % 8)` again.
+
+# %%
+fig, axes = plt.subplots(1, 2, figsize=(10.5, 4.6))
+rows = 8
+for axis, title in ((axes[0], "the tile: 8 rows, 128 columns"), (axes[1], "in shared memory, 128 bytes a line")):
+    for row in range(rows):
+        for chunk in range(16):
+            offset = layouts.tile_offset(row, 8 * chunk, rows)
+            x, y = (chunk, row) if axis is axes[0] else (offset % 128 // 16, offset // 128)
+            strong = chunk in (2, 10)
+            colour = ("#0072B2" if chunk == 2 else "#D55E00") if strong else SOFT[0 if chunk < 8 else 1]
+            axis.add_patch(plt.Rectangle((x, y), 1, 1, fc=colour, ec="white"))
+            text = f"{row}.{chunk}"
+            axis.text(x + 0.5, y + 0.5, text, ha="center", va="center", fontsize=7, color="white" if strong else "black")
+    axis.set(title=title, xlim=(0, 16 if axis is axes[0] else 8), ylim=(8 if axis is axes[0] else 16, 0))
+    axis.grid(False)
+axes[0].set(xlabel="chunk of 8 columns", ylabel="row", yticks=np.arange(8) + 0.5, yticklabels=range(8))
+axes[0].set_xticks(np.arange(16) + 0.5, range(16))
+axes[1].set_xticks(np.arange(8) + 0.5, [f"{4 * i}-{4 * i + 3}" for i in range(8)], fontsize=8)
+axes[1].set(xlabel="banks", ylabel="line of 128 bytes", yticks=np.arange(16) + 0.5, yticklabels=range(16))
+fig.suptitle("row.chunk; chunks 2 and 10 stand out: one column of chunks, in eight different places", fontsize=10)
+fig.tight_layout()
+plt.show()
+
+# %% [markdown]
+# **Exercise.** `tma_view`, `swizzle` and `tile_offset` in `layouts.py`; the wrappers in `tma_engine.cuh`; then
+# `tma_tile.cu`, which copies a tensor through one slot in shared memory and takes every tile apart with your formula.
+# An asm statement reads
+#
+# `asm volatile("text with %0, %1" : outputs : inputs : "memory");`
+#
+# where the operands are numbered in the order in which they are listed, outputs first.
+#
+# **When it fails.** Compile errors out of the assembler name your line, too. *KernelDeadlock*: the barrier waits for
+# bytes that nobody sends (a wrong number), or for a phase that nobody completes. First tile right, the others wrong:
+# the parity, or no `__syncthreads` before the next load. Elements in the right row and the wrong place: the swizzle, or
+# the block of 64 columns.
+#
+# The debug build runs first: its waits end after a second and the kernel writes down who waited for what. An invented
+# record shows what you would read:
+
+# %%
+
+
+class Example(LoadedKernel):
+    """A kernel whose record of a deadlock is made up."""
+
+    def __init__(self):
+        self.name = "attention"
+
+    def read_global(self, name, count):
+        return [1, 17, 70, 1, 0, 2]  # happened, block, thread, barrier, parity, iteration
+
+
+try:
+    Example().check_deadlock(host.KERNEL.barriers)
+except KernelDeadlock as sentence:
+    print(sentence)
+
+# %% [markdown]
+# ## Step (b): wgmma
+#
+# `mma.sync` multiplied what a warp held in registers. `wgmma` is started by a *warpgroup*, four warps whose first one
+# has a number divisible by four, and computes D (64, N) += A (64, 16) B (16, N) with N up to 256. B is always read out
+# of shared memory by the engine itself, A too, or out of registers; D stays in the warpgroup's registers. No
+# `ldmatrix`: the engine needs to be told what the tile looks like.
+#
+# ### The descriptor
+#
+# An operand in shared memory is described by one 64-bit number. All tiles of this course use the 128-byte swizzle,
+# whose unit is 8 lines of 128 bytes. Two distances say how units are put together.
+
+# %%
+FIELDS = (
+    (0, 14, "address / 16"),
+    (16, 14, "leading offset / 16"),
+    (32, 14, "stride offset / 16"),
+    (49, 3, "base\noffset"),
+    (62, 2, "swizzle"),
+)
+value = layouts.mn_major_descriptor(0x8400, 128, 3)  # V: 128 keys, d 128, the fourth step of 16 keys
+fig, axis = plt.subplots(figsize=(10, 1.9))
+axis.add_patch(plt.Rectangle((0, 0), 64, 1, fc="#eeeeee", ec="white"))
+for place, (low, width, name) in enumerate(FIELDS):
+    number = value >> low & (1 << width) - 1
+    axis.add_patch(plt.Rectangle((low, 0), width, 1, fc=SOFT[place], ec="black", lw=0.8))
+    axis.text(low + width / 2, 0.68, name, ha="center", va="center", fontsize=8)
+    axis.text(low + width / 2, 0.22, f"{number}", ha="center", va="center", fontsize=9, weight="bold")
+axis.set(xlim=(64, 0), ylim=(0, 1), yticks=[], xlabel="bit")
+axis.set_xticks([0, 14, 16, 30, 32, 46, 49, 52, 62, 64])
+axis.grid(False)
+axis.set_title(f"{value:#018x}: V at 0x8400, 128 keys, keys 48 to 63", fontsize=10)
+plt.show()
+
+# %% [markdown]
+# **K-major** is how Q and K are read for $QK^T$: neighbours in memory are neighbours along the summed dimension. A step
+# of 16 columns is 32 bytes of every line. **MN-major** is how V is read for $PV$: the summed dimension are the keys,
+# which go from line to line, and a step is 16 whole lines, in every block of 64 columns. It is the same tile in memory,
+# as TMA delivered it; only the reading differs. (`mma.sync` needed `ldmatrix.trans` for this.)
+
+# %%
+fig, axes = plt.subplots(1, 2, figsize=(10.5, 5.2))
+tile_rows, columns = 32, 128
+for axis, title, step_of in (
+    (axes[0], "K-major (Q, K): 8 steps of 16 columns", lambda row, column: column // 16),
+    (axes[1], "MN-major (V): 2 steps of 16 keys", lambda row, column: row // 16),
+):
+    picture = np.zeros((tile_rows * columns * 2 // 128, 8))
+    for row in range(tile_rows):
+        for column in range(0, columns, 8):
+            offset = layouts.tile_offset(row, column, tile_rows)
+            picture[offset // 128, offset % 128 // 16] = step_of(row, column)
+    axis.imshow(picture, cmap=plt.matplotlib.colors.ListedColormap(SOFT), vmin=0, vmax=7, aspect="auto")
+    for (y, x), step in np.ndenumerate(picture):
+        axis.text(x, y, int(step), ha="center", va="center", fontsize=5.5)
+    axis.axhline(tile_rows - 0.5, color="black", lw=1.5)
+    axis.set(title=title, xlabel="chunk of 16 bytes in the line", ylabel="line of 128 bytes")
+    axis.grid(False)
+fig.suptitle("a tile of 32 rows x 128 columns in shared memory; number and colour: the step that reads it", fontsize=10)
+fig.tight_layout()
+plt.show()
+
+# %% [markdown]
+# The line across is where the second block of 64 columns begins. Left: a K-major operand jumps there after four steps.
+# Right: an MN-major operand finds it at the *leading* offset. In both, the next eight lines are at the *stride* offset,
+# 1024 bytes. The swizzle is no concern of yours when you move a descriptor on: add 32 bytes to the address, and the
+# hardware applies the same exclusive or to what comes out.
+
+# %%
+lines = ["| operand | step | address | leading | stride |", "|---|---|---|---|---|"]
+for name, make, steps in (("K", layouts.k_major_descriptor, 8), ("V", layouts.mn_major_descriptor, 8)):
+    for step in range(steps):
+        value = make(0x8400, 128, step)
+        parts = [(value >> low & 0x3FFF) * 16 for low in (0, 16, 32)]
+        leading = parts[1] if name == "V" else "(not used)"
+        lines.append(f"| {name} | {step} | 0x8400 + {parts[0] - 0x8400} | {leading} | {parts[2]} |")
+display(Markdown("128 keys, d 128, tile at 0x8400, in bytes:\n\n" + "\n".join(lines)))
+
+# %% [markdown]
+# ### Fragments: who holds what
+#
+# D's registers are chapter 5's, warp by warp: each of the four warps has 16 of the 64 rows, and every four registers
+# are the next eight columns. A quad still shares a row.
+
+# %%
+fig, axes = plt.subplots(1, 3, figsize=(11, 5.2), width_ratios=(0.8, 1.5, 1.5))
+warps = np.zeros((64, 16))
+for thread in range(128):
+    for register in range(8):
+        warps[layouts.accumulator_place(thread, register)] = thread // 32
+axes[0].imshow(warps, cmap=plt.matplotlib.colors.ListedColormap(SOFT[:4]), aspect="auto")
+for warp in range(4):
+    axes[0].text(7.5, 16 * warp + 7.5, f"warp {warp}", ha="center", va="center")
+axes[0].set(title="D: rows of the warps", xlabel="column", ylabel="row")
+for axis, title, places in (
+    (
+        axes[1],
+        "D, columns 0-15, warp 0",
+        {layouts.accumulator_place(t, r): (t, r, r // 2) for t in range(32) for r in range(8)},
+    ),
+    (
+        axes[2],
+        "A (64, 16) in registers, warp 0",
+        {layouts.a_place(t, r, h): (t, r, r) for t in range(32) for r in range(4) for h in (0, 1)},
+    ),
+):
+    colour = np.zeros((16, 16))
+    for place, (thread, register, shade) in places.items():
+        colour[place] = shade
+        axis.text(place[1], place[0], f"{thread}:{register}", ha="center", va="center", fontsize=5.5)
+    axis.imshow(colour, cmap=plt.matplotlib.colors.ListedColormap(SOFT[:4]), vmin=0, vmax=3, aspect="auto")
+    axis.set(title=title, xlabel="column")
+for axis in axes:
+    axis.grid(False)
+fig.suptitle("lane:register; colour: registers 2 r and 2 r + 1 of D, register r of A", fontsize=10)
+fig.tight_layout()
+plt.show()
+
+# %% [markdown]
+# The colours agree: what a thread holds of S in registers 8 k to 8 k + 7 is, packed in pairs, what wgmma expects of it
+# as A for step k. So P goes from softmax into the next product without leaving the thread. (For FP8 they do not agree:
+# chapter 10.)
+#
+# ### Order: fence, products, commit, wait
+#
+# | wrapper | guarantee | PTX ISA |
+# |---|---|---|
+# | `wgmma_fence` | products that follow see what was written to accumulators and A registers before | wgmma.fence |
+# | the product | it will run, in order with others on the same accumulators | wgmma.mma_async |
+# | `wgmma_commit` | all products since the last commit are one group | wgmma.commit_group |
+# | `wgmma_wait<n>` | all groups but the n newest are over: registers may be read, shared memory overwritten | wgmma.wait_group |
+#
+# Between product and wait neither accumulators nor A registers may be touched. If the compiler finds that you do, it
+# puts a wait of its own there and says so, with a number such as C7514; the checks show you its meaning. Right numbers,
+# but nothing is asynchronous any more. TMA's tiles need no fence before wgmma reads them: the wait at the mbarrier is
+# enough, as both engines use the async proxy.
+#
+# **Predict.** How many wgmma does one block of 128 keys take at d 128, $QK^T$ and $PV$ together? How many `mma.sync`
+# would the four warps of `fa2.cu` need for the same 64 rows?
+
+# %%
+my_prediction_products = None  # your two numbers
+products = 128 // 16 + 128 // 16
+print(f"wgmma: {products}, started by 128 threads together; mma.sync: {2 * (64 // 16) * (128 // 8) * (128 // 16)}")
+
+# %% [markdown]
+# **Exercise.** The rest of `layouts.py`, the wrappers in `wgmma_engine.cuh`, then `wgmma_tile.cu`. One product you
+# write out in full, 64 x 64 in bf16; the other sizes are the same text with longer lists (`cuda/hopper/wgmma_shapes.cuh`).
+#
+# **When it fails.** The check uses small whole numbers, so wrong elements are exactly wrong and it can often say why. S
+# right, O wrong: `round_p`, V's leading offset, or the step of 2048 bytes. Only the last 16 columns count: every step
+# overwrites. Zeros or garbage everywhere: a field of the descriptor; print yours beside `layouts.py`'s.
+#
+# ## Step (c): attention
+#
+# `attention.cu` is your schedule in CUDA. One block is one warpgroup with 64 rows of Q; S, P and O live in registers;
+# there is one slot for K and one for V. The one order that works:
+#
+# 1. wait for K, issue $S = QK^T$, wait for it; now nobody reads K's slot, so thread 0 asks for the next K;
+# 2. mask, softmax, rescale O, round P, while that K is on its way;
+# 3. wait for V, issue $O \mathrel{+}= PV$, wait for it; ask for the next V.
+#
+# Mask, softmax and the epilogue are given: they are chapter 5's, in the registers that you now know.
+#
+# **Predict.** A block of 128 keys at d 128: the two products are $2 \cdot 64 \cdot 128 \cdot 128$ multiply-adds, and a
+# Hopper SM does 2048 a cycle. The exponentials are $64 \cdot 128$, and it does 16 a cycle. If nothing overlaps, what
+# share of the time can the matrix engine work at best?
+
+# %%
+my_prediction_share = None  # your share
+matrix, exponentials = 2 * 64 * 128 * 128 / 2048, 64 * 128 / 16
+print(f"products {matrix:.0f} cycles, exponentials {exponentials:.0f}: {matrix / (matrix + exponentials):.0%} at best")
+
+# %% [markdown]
+# And softmax is more than exponentials. That is why two blocks share an SM here (65,536 registers are enough for two
+# warpgroups of this kind, and the checks watch that): while one computes its softmax, the other may use the matrix
+# engine. Nobody arranges it; it happens, or not. Chapters 7 to 9 arrange it.
+#
+# **Exercise.** `issue_qk`, `issue_pv` and the loop in `attention`.
+#
+# **When it fails.** KernelDeadlock names the barrier and the iteration. Iteration 1 of `k_full`: the next K was never
+# asked for. Right for one block of keys, wrong for two: parity; or O was not rescaled; or V was overwritten before the
+# wait for $PV$. Other numbers in every run: `__syncthreads` missing between the wait and the next load: a slower warp's
+# part of the product still reads the slot. C75xx notes: an accumulator is touched between product and wait.
+#
+# ## What these checks do not see without a GPU
+#
+# `layouts.py`, `schedule.py`, the descriptors and `tile_offset` of the kernels are graded exactly on any machine. The
+# wrappers are compared with the course's as machine code: a swapped operand shows, a forgotten `"memory"` does not. Of
+# the kernels they see that these compile for `sm_90a`, keep to their registers, let nothing be serialised by the
+# compiler, and contain the instructions of both engines. They do not see: wrong coordinates of a load, a wrong number of
+# bytes, a wrong parity, a missing `__syncthreads` where another one stands, a load issued too early, `round_p` and
+# `store` with wrong registers, a wrong order of steps, and the speed. These are graded on an H100 or H200 and reported as
+# *not graded here* elsewhere.
+#
+# ## What has become of the instructions
+#
+# The solutions of chapters 5 and 6 as machine code, d 128, bf16, no mask. Where 48 keys took `fa2.cu` hundreds of
+# fragment loads and products, 128 keys take this kernel 16 products:
+
+# %%
+SHOWN = {
+    "LDGSTS": "cp.async",
+    "UTMALDG": "TMA load",
+    "LDSM": "ldmatrix",
+    "HMMA": "mma.sync",
+    "HGMMA": "wgmma",
+    "SYNCS": "mbarrier",
+    "MUFU": "exponentials (and others)",
+}
+fa2 = solution(5, "fa2_cuda.py").build("fa2", 128, torch.bfloat16, False, "sm_90a")
+mine = host.KERNEL.build(128, torch.bfloat16, False)
+counts = {"fa2.cu": count_instructions(fa2.cubin), "attention.cu": count_instructions(mine.cubin)}
+lines = ["| | what | fa2.cu | attention.cu |", "|---|---|---|---|"]
+lines += [f"| {name} | {words} | {counts['fa2.cu'][name]} | {counts['attention.cu'][name]} |" for name, words in SHOWN.items()]
+used = [kernel.report.kernels["attention"].registers for kernel in (fa2, mine)]
+lines.append(f"| | registers a thread | {used[0]} | {used[1]} |")
+display(Markdown("\n".join(lines)))
+
+# %% [markdown]
+# ## Measured
+
+# %%
+record = recorded("ablation")
+BARS = {
+    "torch_fa2": "FlashAttention-2 (torch)",
+    "attention": "this chapter: one warpgroup",
+    "cudnn": "cuDNN",
+    "fa3_official": "FlashAttention-3 (official)",
+    "fa3_forward": "cuda/fa3_forward.cu",
+}
+fig, axes = plt.subplots(1, 2, figsize=(10.5, 3), sharey=True)
+cells = {cell["causal"]: cell for cell in record["cells"] if cell["len_q"] == 8448}
+for axis, causal in zip(axes, (False, True), strict=True):
+    results = cells[causal]["results"]
+    speeds = [results[name]["tflops"] for name in BARS]
+    colours = ["#CC79A7" if name == "attention" else COLOURS.get({"fa3_official": "fa3"}.get(name, name)) for name in BARS]
+    axis.barh(list(BARS.values()), speeds, color=colours)
+    for place, speed in enumerate(speeds):
+        axis.text(speed + 8, place, f"{speed:.0f}", va="center", fontsize=9)
+    axis.set(title="causal" if causal else "no mask", xlabel="TFLOP/s", xlim=(0, 950))
+axes[0].invert_yaxis()
+p = record["provenance"]
+fig.suptitle(f"batch 4, N 8448, 16 heads, d 128, bf16; {p['device']}, {p['date'][:10]}, one run", fontsize=10)
+fig.tight_layout()
+plt.show()
+
+# %%
+steps = json.loads((ROOT / "results" / "05_cuda" / "steps_NVIDIA_H100_80GB_HBM3.json").read_text())
+row = next(r for r in steps["rows"] if (r["head_dim"], r["causal"], r["length"]) == (128, False, 8192))
+before, ratio = row["tflops"]["fa2"], row["tflops"]["fa2"] / row["tflops"]["torch_fa2"]
+now = cells[False]["results"]["attention"]["tflops"]
+yardstick = cells[False]["results"]["torch_fa2"]["tflops"]
+display(
+    Markdown(
+        f"This kernel reaches {now:.0f} TFLOP/s without a mask, {now / yardstick:.2f} times torch's FlashAttention-2 in "
+        f"the same run. Chapter 5's `fa2.cu` reached {before:.0f} TFLOP/s, {ratio:.2f} times torch's, on a card of the "
+        "same kind, but in another run and at another shape (N 8192, 16k tokens): compare the factors, not the numbers."
+    )
+)
+
+# %% [markdown]
+# One warpgroup without any finesse, and two of them sharing an SM by luck, are already far past FlashAttention-2. What
+# is left on the table is overlap.
+#
+# ## What would you add next?
+#
+# - The loads of K and V begin only when the slot is free, and the warpgroup that waits for them is the one that should
+#   compute. A second slot and a warp that does nothing but load: chapter 7.
+# - O leaves through registers here, 4 bytes a thread. It could go through shared memory and a TMA store.
+# - `wgmma` with N = 256 reads A once for twice as many columns. What would have to give way?
+#
+# **Sources.** PTX ISA, sections named above; the FlashAttention-3 paper (Shah et al., 2024), sections 2.2 and 3; the
+# layouts of CUTLASS's `cute/arch/mma_sm90_desc.hpp` and `mma_traits_sm90_gmma.hpp`, against which the formulas of
+# `layouts.py` were checked.
