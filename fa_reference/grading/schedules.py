@@ -51,9 +51,9 @@ def yardstick(qkv: Sequence[Tensor], problem: Case) -> Yardstick:
 
 @dataclass(frozen=True)
 class Run:
-    """One run on the model: the options that differ from other runs, and the trace of its first block if asked for."""
+    """One run on the model: which it was, in words, and the trace of its first block if asked for."""
 
-    options: dict[str, Any]
+    words: str
     timeline: Timeline | None
 
 
@@ -98,7 +98,7 @@ def simulate(
             _judge(o, lse, qkv, problem, measure, words)
             right = o
         timeline = Timeline(result["spans"], result["issued"], block_k, problem.head_dim) if trace else None
-        done.append(Run(run, timeline))
+        done.append(Run(words, timeline))
     return done
 
 
@@ -160,3 +160,72 @@ def any_timing(
         runs = [o | {"seed": next(numbers)} for o in options for _ in range(each)]
         done += simulate(answer, case(queries, BLOCK_K * blocks - 3, dtype), runs, trace=trace)
     return done
+
+
+def traced(
+    answer: Answer, queries: int, dtype: str = "bfloat16", *, block_k: int = 128, head_dim: int = 128, **options: Any
+) -> Timeline:
+    """The timeline of 12 blocks of keys, with the model's nominal timing."""
+    problem = case(queries, 12 * block_k, dtype, head_dim=head_dim)
+    return simulate(answer, problem, [options], block_k=block_k, trace=True)[0].timeline
+
+
+def warpgroups(names: list[str], expected: int, who: str) -> list[str]:
+    """`names`, if there are as many as expected; CheckFailed otherwise. `who`: what they do."""
+    if len(names) != expected:
+        raise CheckFailed(f"{', '.join(names)} {who}; it should be {expected} warpgroup{'s' * (expected > 1)}")
+    return names
+
+
+def runs_ahead(answer: Answer, queries: int, dtype: str = "bfloat16", depths: Sequence[int] = (1, 2, 3, 4)) -> None:
+    """When the first P V begins, a tile of K and of V is under way for every slot: nobody had to release one."""
+    for stages in depths:
+        timeline = traced(answer, queries, dtype, block_k=BLOCK_K, head_dim=64, stages=stages)
+        begin = min(s.start for s in timeline.products if s.what == "O")
+        for tile in "KV":
+            early = sum(load.what == tile and load.issued < begin for load in timeline.loads)
+            if early < stages:
+                raise CheckFailed(
+                    f"with {stages} stages only {early} tiles of {tile} are under way when the first P V begins: the "
+                    "producer waits before slots that nobody has used yet. Which release does it wait for before tile "
+                    "j, and what parity passes at once on a fresh barrier?"
+                )
+
+
+def alternates(answer: Answer, queries: int, *, two_stages: bool = False) -> None:
+    """The consumers' S products, and their O products, alternate in every one of 48 random timings.
+
+    two_stages: the first S and the last O stand alone, and need no turn.
+    """
+    for run in any_timing(answer, queries, depths=(1, 2, 3), seeds=48, trace=True):
+        consumers = warpgroups(run.timeline.consumers, 2, "multiply")
+        last = max(s.block for s in run.timeline.products)
+        for what, alone in (("S", 0), ("O", last)):
+            order = [(s.warpgroup, s.block) for s in run.timeline.products if s.what == what]
+            order = [(wg, n) for wg, n in order if not (two_stages and n == alone)]
+            expected = [(wg, n) for n in sorted({n for _, n in order}) for wg in consumers]
+            wrong = next((pair for pair in zip(order, expected) if pair[0] != pair[1]), None)
+            if wrong is not None:
+                (got, n), (wg, m) = wrong
+                raise CheckFailed(
+                    f"{got} issues {what} of block {n} when it is the turn of {wg} ({what} of block {m}): a turn ends "
+                    f"where it is handed on, and begins with a wait for it\n{run.words}"
+                )
+
+
+def softmax_under_own_product(answer: Answer, queries: int, dtype: str = "bfloat16") -> None:
+    """Softmax of block j begins when S of j is there and O of j - 1 is issued, and ends before O is waited for."""
+    timeline = traced(answer, queries, dtype)
+    for wg in warpgroups(timeline.consumers, 2, "multiply"):
+        outputs = timeline.of(wg, "O")
+        for softmax in timeline.softmaxes(wg)[1:]:
+            n = softmax.block
+            during = timeline.in_flight(wg, softmax.stop)
+            if any(s.what == "O" and s.block == n - 1 for s in during):
+                continue
+            why = "is issued only after it" if outputs[n - 1].issued > softmax.start else "is waited for before it"
+            raise CheckFailed(
+                f"{wg}, softmax of block {n}: nothing runs under it, as O += P V of block {n - 1} {why}. Issue S of "
+                f"block {n} and then O of block {n - 1}, and wait for S alone: wait_group(1) lets the newer of two "
+                "groups run on"
+            )
