@@ -1,5 +1,8 @@
 """What lessons share: whose code they run, how figures look, and the recorded GPU results."""
 
+import difflib
+import html
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -71,3 +74,23 @@ def recorded(kind: str) -> dict[str, Any] | None:
     """
     found = newest(kind)
     return found[1] if found else None
+
+
+def difference(old: Path, new: Path) -> Any:
+    """A folded, coloured diff of two files for a notebook, without the markers of the exercises (IPython's HTML)."""
+    from IPython.display import HTML
+
+    before, after = (
+        [x for x in path.read_text().splitlines() if "SOLUTION" not in x and not x.strip().startswith(("//:", "#:"))]
+        for path in (old, new)
+    )
+    changes = list(difflib.unified_diff(before, after, old.name, new.name, lineterm="", n=1))
+    count = sum(x[0] in "+-" and x[:3] not in ("+++", "---") for x in changes)
+    colours = {"+": "#e6f4ea", "-": "#fce8e6", "@": "#eef1f8"}
+    body = "".join(
+        f'<div style="background:{colours.get(x[:1], "none")}">{html.escape(x) or "&nbsp;"}</div>' for x in changes
+    )
+    return HTML(
+        f"<details><summary><b>{old.name} &rarr; {new.name}</b>: {count} changed lines, {len(after)} in all</summary>"
+        f'<pre style="font-size:11px;line-height:1.25;text-align:left">{body}</pre></details>'
+    )
