@@ -42,6 +42,6 @@ def test_overlap(answer: Answer) -> None:
         if share < UNDER:
             raise CheckFailed(
                 f"{one}: in only {share:.0%} of the time of its softmaxes do the tensor cores work for {other}; with "
-                f"turns it is more than {UNDER:.0%}. Is the turn handed on before the softmax, as soon as the products are "
-                "issued?"
+                f"turns it is more than {UNDER:.0%}. Is the turn handed on before the softmax, as soon as the products "
+                "are issued?"
             )
