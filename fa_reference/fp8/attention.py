@@ -91,17 +91,19 @@ def forward_fp8(
     operands = []
     for name, x, x_scale, block in (("q", q, q_scale, block_q), ("k", k, k_scale, block_k)):
         blocks = -(-x.shape[2] // block)
-        _check_scale(f"{name}_scale", x_scale, {x.shape[:2]: "one a head", (*x.shape[:2], blocks): f"one per {block}"})
+        check_scale(f"{name}_scale", x_scale, {x.shape[:2]: "one a head", (*x.shape[:2], blocks): f"one per {block}"})
         per_head = x_scale.dim() == 2
         rows = max(1, x.shape[2]) if per_head else block
         operands.append(Quantized(x, x_scale[:, :, None] if per_head else x_scale, rows))
-    _check_scale("v_scale", v_scale, {v.shape[:2]: "one a head", (*v.shape[:2], v.shape[3]): "one a channel"})
+    check_scale("v_scale", v_scale, {v.shape[:2]: "one a head", (*v.shape[:2], v.shape[3]): "one a channel"})
     per_head = v_scale.dim() == 2
     operands.append(Quantized(v, v_scale[:, :, None] if per_head else v_scale, v.shape[2] if per_head else None))
     return attention_fp8(*operands, causal=causal, scale=scale, arithmetic=arithmetic)
 
 
-def _check_scale(name: str, scale: Tensor, allowed: dict[tuple[int, ...], str]) -> None:
+def check_scale(name: str, scale: Tensor, allowed: dict[tuple[int, ...], str], *, values: bool = True) -> None:
+    """Raise ValueError unless `scale` is float32 of an allowed shape (shape -> what it means) and, with `values`, all
+    positive and finite, which for a tensor on a GPU means waiting for it."""
     choices = " or ".join(f"{tuple(shape)} ({meaning})" for shape, meaning in allowed.items())
     if not isinstance(scale, Tensor):
         raise ValueError(f"{name} is a {type(scale).__name__}; allowed: a float32 tensor of shape {choices}")
@@ -109,6 +111,8 @@ def _check_scale(name: str, scale: Tensor, allowed: dict[tuple[int, ...], str]) 
         raise ValueError(f"{name} has shape {tuple(scale.shape)}; allowed: {choices}")
     if scale.dtype != torch.float32:
         raise ValueError(f"{name} has dtype {scale.dtype}; allowed: torch.float32")
+    if not values:
+        return
     bad = ~((scale > 0) & scale.isfinite())
     if bool(bad.any()):
         where = tuple(bad.nonzero()[0].tolist())

@@ -57,19 +57,19 @@ def rotate(x: Tensor, signs: Tensor) -> Tensor:
 
     Raises ValueError if d is not a power of two or the signs do not fit.
     """
-    _check_signs(x, signs)
+    check_signs(x, signs)
     work = x if x.dtype == torch.float64 else x.float()
     return hadamard_transform(work * signs.to(work))
 
 
 def unrotate(x: Tensor, signs: Tensor) -> Tensor:
     """The inverse of `rotate` with the same signs: x H D / sqrt(d)."""
-    _check_signs(x, signs)
+    check_signs(x, signs)
     work = x if x.dtype == torch.float64 else x.float()
     return hadamard_transform(work) * signs.to(work)
 
 
-def _check_signs(x: Tensor, signs: Tensor) -> None:
+def check_signs(x: Tensor, signs: Tensor) -> None:
     _check_dim(x.shape[-1])
     if tuple(signs.shape) != (x.shape[-1],):
         raise ValueError(f"signs has shape {tuple(signs.shape)}; allowed: ({x.shape[-1]},), one sign a channel of x")
