@@ -17,7 +17,7 @@
 # multiplied them. A Hopper SM (H100, H200) has two engines that take this off its hands:
 #
 # - **TMA**, the copy engine: one thread asks for a whole tile of a tensor, and gets on with its work.
-# - **wgmma**, the matrix engine: 128 threads start a product of tiles that lie in shared memory, and get on with theirs.
+# - **wgmma**, the matrix engine: 128 threads start a product of tiles in shared memory, and get on with theirs.
 #
 # Both are *asynchronous*: an instruction only starts something. You must know when it is over, and that is what
 # *mbarriers*, fences and waits are for. You write the wrappers of all of them yourself, then use them:
@@ -41,9 +41,9 @@ import numpy as np
 import torch
 from IPython.display import Markdown, display
 
-from fa_reference.course import ROOT
+from fa_reference.course import ROOT, chapter
 from fa_reference.kernels import KernelDeadlock, LoadedKernel, count_instructions
-from fa_reference.lesson import COLOURS, answer, recorded, solution, style
+from fa_reference.lesson import COLOURS, answer, difference, recorded, solution, style
 
 style()
 layouts = answer(6, "layouts.py")
@@ -120,7 +120,10 @@ class Barrier:
             self.phase, self.pending = self.phase + 1, self.arrivals
 
 
-barrier, lines = Barrier(arrivals=1), ["| event | arrivals | bytes | phase | wait(0) | wait(1) |", "|---|---|---|---|---|---|"]
+barrier, lines = (
+    Barrier(arrivals=1),
+    ["| event | arrivals | bytes | phase | wait(0) | wait(1) |", "|---|---|---|---|---|---|"],
+)
 
 
 def note(event):
@@ -152,7 +155,7 @@ display(Markdown("\n".join(lines)))
 # | wrapper | guarantee | PTX ISA |
 # |---|---|---|
 # | `mbarrier_init` | counts are set; nobody else knows yet | mbarrier.init |
-# | `mbarrier_init_fence` | TMA, which uses another path to memory (the *async proxy*), sees the barrier | fence.mbarrier_init |
+# | `mbarrier_init_fence` | TMA, on its own path to memory (the *async proxy*), sees the barrier | fence.mbarrier_init |
 # | `mbarrier_arrive_expect_tx` | bytes are announced, then one arrival counted | mbarrier.arrive |
 # | `tma_load_5d` | nothing but that the load will happen, and report its bytes to the barrier | cp.async.bulk.tensor |
 # | `mbarrier_wait` | what TMA wrote in that phase is visible to this thread | mbarrier.try_wait |
@@ -177,7 +180,9 @@ for axis, title in ((axes[0], "the tile: 8 rows, 128 columns"), (axes[1], "in sh
             colour = ("#0072B2" if chunk == 2 else "#D55E00") if strong else SOFT[0 if chunk < 8 else 1]
             axis.add_patch(plt.Rectangle((x, y), 1, 1, fc=colour, ec="white"))
             text = f"{row}.{chunk}"
-            axis.text(x + 0.5, y + 0.5, text, ha="center", va="center", fontsize=7, color="white" if strong else "black")
+            axis.text(
+                x + 0.5, y + 0.5, text, ha="center", va="center", fontsize=7, color="white" if strong else "black"
+            )
     axis.set(title=title, xlim=(0, 16 if axis is axes[0] else 8), ylim=(8 if axis is axes[0] else 16, 0))
     axis.grid(False)
 axes[0].set(xlabel="chunk of 8 columns", ylabel="row", yticks=np.arange(8) + 0.5, yticklabels=range(8))
@@ -242,18 +247,18 @@ FIELDS = (
     (16, 14, "leading offset / 16"),
     (32, 14, "stride offset / 16"),
     (49, 3, "base\noffset"),
-    (62, 2, "swizzle"),
+    (62, 2, "swiz-\nzle"),
 )
 value = layouts.mn_major_descriptor(0x8400, 128, 3)  # V: 128 keys, d 128, the fourth step of 16 keys
-fig, axis = plt.subplots(figsize=(10, 1.9))
+fig, axis = plt.subplots(figsize=(10, 1.7))
 axis.add_patch(plt.Rectangle((0, 0), 64, 1, fc="#eeeeee", ec="white"))
 for place, (low, width, name) in enumerate(FIELDS):
     number = value >> low & (1 << width) - 1
     axis.add_patch(plt.Rectangle((low, 0), width, 1, fc=SOFT[place], ec="black", lw=0.8))
-    axis.text(low + width / 2, 0.68, name, ha="center", va="center", fontsize=8)
-    axis.text(low + width / 2, 0.22, f"{number}", ha="center", va="center", fontsize=9, weight="bold")
-axis.set(xlim=(64, 0), ylim=(0, 1), yticks=[], xlabel="bit")
-axis.set_xticks([0, 14, 16, 30, 32, 46, 49, 52, 62, 64])
+    axis.text(low + width / 2, 0.66, name, ha="center", va="center", fontsize=8)
+    axis.text(low + width / 2, 0.2, f"{number}", ha="center", va="center", fontsize=9, weight="bold")
+axis.set(xlim=(64, 0), ylim=(0, 1), yticks=[], xlabel="bits")
+axis.set_xticks([low + width / 2 for low, width, _ in FIELDS], [f"{low + width - 1}-{low}" for low, width, _ in FIELDS])
 axis.grid(False)
 axis.set_title(f"{value:#018x}: V at 0x8400, 128 keys, keys 48 to 63", fontsize=10)
 plt.show()
@@ -265,24 +270,25 @@ plt.show()
 # as TMA delivered it; only the reading differs. (`mma.sync` needed `ldmatrix.trans` for this.)
 
 # %%
-fig, axes = plt.subplots(1, 2, figsize=(10.5, 5.2))
-tile_rows, columns = 32, 128
-for axis, title, step_of in (
-    (axes[0], "K-major (Q, K): 8 steps of 16 columns", lambda row, column: column // 16),
-    (axes[1], "MN-major (V): 2 steps of 16 keys", lambda row, column: row // 16),
+fig, axes = plt.subplots(1, 2, figsize=(10.5, 6))
+for axis, rows, title, step_of in (
+    (axes[0], 16, "K-major: 16 rows of K, 8 steps of 16 columns", lambda row, column: column // 16),
+    (axes[1], 32, "MN-major: 32 rows of V, 2 steps of 16 keys", lambda row, column: row // 16),
 ):
-    picture = np.zeros((tile_rows * columns * 2 // 128, 8))
-    for row in range(tile_rows):
-        for column in range(0, columns, 8):
-            offset = layouts.tile_offset(row, column, tile_rows)
+    picture = np.zeros((2 * rows, 8))
+    for row in range(rows):
+        for column in range(0, 128, 8):
+            offset = layouts.tile_offset(row, column, rows)
             picture[offset // 128, offset % 128 // 16] = step_of(row, column)
     axis.imshow(picture, cmap=plt.matplotlib.colors.ListedColormap(SOFT), vmin=0, vmax=7, aspect="auto")
     for (y, x), step in np.ndenumerate(picture):
-        axis.text(x, y, int(step), ha="center", va="center", fontsize=5.5)
-    axis.axhline(tile_rows - 0.5, color="black", lw=1.5)
+        if rows == 16 or y % 2:
+            axis.text(x, y, int(step), ha="center", va="center", fontsize=6.5)
+    axis.axhline(rows - 0.5, color="black", lw=2)
     axis.set(title=title, xlabel="chunk of 16 bytes in the line", ylabel="line of 128 bytes")
+    axis.title.set_fontsize(11)
     axis.grid(False)
-fig.suptitle("a tile of 32 rows x 128 columns in shared memory; number and colour: the step that reads it", fontsize=10)
+fig.suptitle("tiles of 128 columns in shared memory; number and colour: the step that reads the chunk", fontsize=10)
 fig.tight_layout()
 plt.show()
 
@@ -317,7 +323,7 @@ for thread in range(128):
 axes[0].imshow(warps, cmap=plt.matplotlib.colors.ListedColormap(SOFT[:4]), aspect="auto")
 for warp in range(4):
     axes[0].text(7.5, 16 * warp + 7.5, f"warp {warp}", ha="center", va="center")
-axes[0].set(title="D: rows of the warps", xlabel="column", ylabel="row")
+axes[0].set(title="D: rows of the warps", xlabel="column", ylabel="row", yticks=range(0, 64, 16))
 for axis, title, places in (
     (
         axes[1],
@@ -335,7 +341,7 @@ for axis, title, places in (
         colour[place] = shade
         axis.text(place[1], place[0], f"{thread}:{register}", ha="center", va="center", fontsize=5.5)
     axis.imshow(colour, cmap=plt.matplotlib.colors.ListedColormap(SOFT[:4]), vmin=0, vmax=3, aspect="auto")
-    axis.set(title=title, xlabel="column")
+    axis.set(title=title, xlabel="column", xticks=range(0, 16, 2))
 for axis in axes:
     axis.grid(False)
 fig.suptitle("lane:register; colour: registers 2 r and 2 r + 1 of D, register r of A", fontsize=10)
@@ -354,7 +360,7 @@ plt.show()
 # | `wgmma_fence` | products that follow see what was written to accumulators and A registers before | wgmma.fence |
 # | the product | it will run, in order with others on the same accumulators | wgmma.mma_async |
 # | `wgmma_commit` | all products since the last commit are one group | wgmma.commit_group |
-# | `wgmma_wait<n>` | all groups but the n newest are over: registers may be read, shared memory overwritten | wgmma.wait_group |
+# | `wgmma_wait<n>` | all but the n newest groups are over; their registers and tiles are yours again | wgmma.wait_group |
 #
 # Between product and wait neither accumulators nor A registers may be touched. If the compiler finds that you do, it
 # puts a wait of its own there and says so, with a number such as C7514; the checks show you its meaning. Right numbers,
@@ -371,7 +377,7 @@ print(f"wgmma: {products}, started by 128 threads together; mma.sync: {2 * (64 /
 
 # %% [markdown]
 # **Exercise.** The rest of `layouts.py`, the wrappers in `wgmma_engine.cuh`, then `wgmma_tile.cu`. One product you
-# write out in full, 64 x 64 in bf16; the other sizes are the same text with longer lists (`cuda/hopper/wgmma_shapes.cuh`).
+# write out in full, 64 x 64 in bf16; other sizes are the same text with longer lists (`cuda/hopper/wgmma_shapes.cuh`).
 #
 # **When it fails.** The check uses small whole numbers, so wrong elements are exactly wrong and it can often say why. S
 # right, O wrong: `round_p`, V's leading offset, or the step of 2048 bytes. Only the last 16 columns count: every step
@@ -414,10 +420,10 @@ print(f"products {matrix:.0f} cycles, exponentials {exponentials:.0f}: {matrix /
 # `layouts.py`, `schedule.py`, the descriptors and `tile_offset` of the kernels are graded exactly on any machine. The
 # wrappers are compared with the course's as machine code: a swapped operand shows, a forgotten `"memory"` does not. Of
 # the kernels they see that these compile for `sm_90a`, keep to their registers, let nothing be serialised by the
-# compiler, and contain the instructions of both engines. They do not see: wrong coordinates of a load, a wrong number of
-# bytes, a wrong parity, a missing `__syncthreads` where another one stands, a load issued too early, `round_p` and
-# `store` with wrong registers, a wrong order of steps, and the speed. These are graded on an H100 or H200 and reported as
-# *not graded here* elsewhere.
+# compiler, and contain the instructions of both engines. They do not see: wrong coordinates of a load, a wrong number
+# of bytes, a wrong parity, a `__syncthreads` in the wrong place, a load issued too early, `round_p` and `store` with
+# wrong registers, a wrong order of steps, and the speed. These are graded on an H100 or H200 and reported as *not
+# graded here* elsewhere.
 #
 # ## What has become of the instructions
 #
@@ -438,7 +444,9 @@ fa2 = solution(5, "fa2_cuda.py").build("fa2", 128, torch.bfloat16, False, "sm_90
 mine = host.KERNEL.build(128, torch.bfloat16, False)
 counts = {"fa2.cu": count_instructions(fa2.cubin), "attention.cu": count_instructions(mine.cubin)}
 lines = ["| | what | fa2.cu | attention.cu |", "|---|---|---|---|"]
-lines += [f"| {name} | {words} | {counts['fa2.cu'][name]} | {counts['attention.cu'][name]} |" for name, words in SHOWN.items()]
+lines += [
+    f"| {name} | {words} | {counts['fa2.cu'][name]} | {counts['attention.cu'][name]} |" for name, words in SHOWN.items()
+]
 used = [kernel.report.kernels["attention"].registers for kernel in (fa2, mine)]
 lines.append(f"| | registers a thread | {used[0]} | {used[1]} |")
 display(Markdown("\n".join(lines)))
@@ -460,7 +468,9 @@ cells = {cell["causal"]: cell for cell in record["cells"] if cell["len_q"] == 84
 for axis, causal in zip(axes, (False, True), strict=True):
     results = cells[causal]["results"]
     speeds = [results[name]["tflops"] for name in BARS]
-    colours = ["#CC79A7" if name == "attention" else COLOURS.get({"fa3_official": "fa3"}.get(name, name)) for name in BARS]
+    colours = [
+        "#CC79A7" if name == "attention" else COLOURS.get({"fa3_official": "fa3"}.get(name, name)) for name in BARS
+    ]
     axis.barh(list(BARS.values()), speeds, color=colours)
     for place, speed in enumerate(speeds):
         axis.text(speed + 8, place, f"{speed:.0f}", va="center", fontsize=9)
@@ -479,16 +489,36 @@ now = cells[False]["results"]["attention"]["tflops"]
 yardstick = cells[False]["results"]["torch_fa2"]["tflops"]
 display(
     Markdown(
-        f"This kernel reaches {now:.0f} TFLOP/s without a mask, {now / yardstick:.2f} times torch's FlashAttention-2 in "
-        f"the same run. Chapter 5's `fa2.cu` reached {before:.0f} TFLOP/s, {ratio:.2f} times torch's, on a card of the "
-        "same kind, but in another run and at another shape (N 8192, 16k tokens): compare the factors, not the numbers."
+        f"This kernel reaches {now:.0f} TFLOP/s without a mask, {now / yardstick:.2f} times torch's FlashAttention-2 "
+        f"in the same run. Chapter 5's `fa2.cu` reached {before:.0f} TFLOP/s, {ratio:.2f} times torch's, on a card of "
+        "the same kind, but in another run and at another shape (N 8192, 16k tokens): compare the factors, not the "
+        "numbers."
     )
 )
 
 # %% [markdown]
-# One warpgroup without any finesse, and two of them sharing an SM by luck, are already far past FlashAttention-2. What
-# is left on the table is overlap.
+# One warpgroup without any finesse, two of them sharing an SM by luck, and it is far past FlashAttention-2.
 #
+# **A prediction that failed.** Before the first run, 400 TFLOP/s were predicted (`cuda/ABLATION.md`): a block has only
+# 64 rows, so K and V are read from the L2 cache once for every 64 rows, and at 500 TFLOP/s that would be 8 TB/s, which
+# was thought to be more than L2 gives.
+
+# %%
+flops_per_byte = 4 * 64 * 128 * 128 / (2 * 128 * 128 * 2)  # of one block of 128 keys: both products; K and V
+print(f"{flops_per_byte:.0f} FLOP a byte: {now:.0f} TFLOP/s ask for {now / flops_per_byte:.1f} TB/s of K and V")
+
+# %% [markdown]
+# Either the cache gives more than was thought, or neighbouring blocks, which ask for the same tiles at about the same
+# time, are served together. Which of the two was not looked into.
+#
+# ## The difference, line by line
+#
+# Open this after you have written `attention.cu`: it shows the solution.
+
+# %%
+display(difference(chapter(5).solution / "fa2.cu", chapter(6).solution / "attention.cu"))
+
+# %% [markdown]
 # ## What would you add next?
 #
 # - The loads of K and V begin only when the slot is free, and the warpgroup that waits for them is the one that should
@@ -497,5 +527,4 @@ display(
 # - `wgmma` with N = 256 reads A once for twice as many columns. What would have to give way?
 #
 # **Sources.** PTX ISA, sections named above; the FlashAttention-3 paper (Shah et al., 2024), sections 2.2 and 3; the
-# layouts of CUTLASS's `cute/arch/mma_sm90_desc.hpp` and `mma_traits_sm90_gmma.hpp`, against which the formulas of
-# `layouts.py` were checked.
+# layouts of CUTLASS (`cute/arch/mma_sm90_desc.hpp`, `cute/atom/mma_traits_sm90_gmma.hpp`).
