@@ -79,8 +79,10 @@ def read_trace(path: Path | str) -> list[Span]:
 
 
 def _tracks(spans: list[Span], pid: int) -> list[str]:
-    """Names of the tracks of warpgroups (pid 0) or units (1), in order of appearance."""
-    return list(dict.fromkeys(s.track for s in spans if (s.kind == "unit") == bool(pid)))
+    """Names of the tracks of warpgroups (pid 0), a producer first, or of units (1), in the order of COLORS."""
+    names = {s.track for s in spans if (s.kind == "unit") == bool(pid)}
+    order = {name: i for i, name in enumerate(COLORS)}
+    return sorted(names, key=lambda name: (order.get(name, len(order)), name != "producer", name))
 
 
 def plot_trace(
