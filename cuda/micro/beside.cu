@@ -21,7 +21,8 @@ __device__ __forceinline__ void softmax_steps(u32* out, const u32* data, int rou
         softmax(s, rows, c);
         rescale(o, rows.factor);
         round_p(p, s);
-        keep(p);
+        keep(p);  // a use of every result, as P V would be
+        keep(rows.l);
         asm volatile("barrier.sync.aligned %0, 128;" ::"r"(3 + threadIdx.x / 128) : "memory");
     }
     const u64 stop = clock_now();
@@ -54,6 +55,7 @@ extern "C" __global__ void __launch_bounds__(256, 1) beside(u32* out, const u32*
         for (int round = 0; round < rounds; ++round) {
             issue_qk(s, q_descriptor, k_descriptor);
             wgmma_wait<0>();
+            keep(s);  // or the next batch, which overwrites S, would make this one needless
         }
         if (threadIdx.x == 0) out[0] = clock_now() - start, out[1] = rounds;
     keep(s);

@@ -1,5 +1,8 @@
-// How fast the arithmetic units are: instructions of one kind, in independent chains (rate) or in one (latency).
+// How fast the arithmetic units are: instructions of one kind, in independent chains (rate) or in one (latency), alone
+// and beside wgmmas of another warpgroup.
 // Every kernel writes, for each warp, the clocks of kRounds x kChains instructions.
+#include "hopper/sync.cuh"
+#include "hopper/wgmma.cuh"
 #include "micro/common.cuh"
 
 constexpr int kRounds = 128;
@@ -32,7 +35,16 @@ struct Shuffle {
     }
 };
 
-template <class Operation, int kChains>
+// What the softmax does with a score once it has its maximum: one exponential, whose result is added up.
+struct ExpSum {
+    static __device__ __forceinline__ void run(float& x, float& y) {
+        asm volatile("{\n.reg .f32 t;\nfma.rn.f32 t, %0, %1, %1;\nex2.approx.ftz.f32 %0, t;\nadd.f32 %1, %1, %0;\n}"
+                     : "+f"(x), "+f"(y));
+    }
+};
+
+// The warps of threads 0 .. kThreads - 1 of the caller (or all of the block, kThreads = 0) start together.
+template <class Operation, int kChains, int kThreads = 0>
 __device__ __forceinline__ void measure(u32* out) {
     float x[kChains], y[kChains];
 #pragma unroll
@@ -43,7 +55,8 @@ __device__ __forceinline__ void measure(u32* out) {
     u64 start = 0;
 #pragma unroll 1
     for (int pass = 0; pass < 2; ++pass) {  // the first one fills the instruction cache
-        __syncthreads();
+        if constexpr (kThreads == 0) __syncthreads();
+        else asm volatile("barrier.sync.aligned 1, %0;" ::"n"(kThreads) : "memory");
         start = clock_now();
 #pragma unroll 1
         for (int round = 0; round < kRounds; round += 8)
@@ -57,18 +70,64 @@ __device__ __forceinline__ void measure(u32* out) {
 #pragma unroll
     for (int i = 0; i < kChains; ++i) sum += x[i];
     const u64 stop = clock_now() + (sum == 0.12345f);
-    if (threadIdx.x % 32 == 0) out[blockIdx.x * (blockDim.x / 32) + threadIdx.x / 32] = stop - start;
+    const u32 thread = kThreads == 0 ? threadIdx.x : threadIdx.x % kThreads;
+    if (thread % 32 == 0) out[thread / 32] = stop - start;
+}
+
+// Keeps the tensor cores busy with batches of eight wgmmas m64n128k16, Q K^T's kind (SS) or P V's (RS).
+__device__ __forceinline__ void multiply(bool from_registers, int batches) {
+    extern __shared__ __align__(1024) unsigned char shared_bytes[];
+    const u64 a = wgmma_descriptor(shared_address(shared_bytes), 16);
+    const u64 b = wgmma_descriptor(shared_address(shared_bytes) + 16384, 16);
+    float d[64];
+    u32 p[4];
+#pragma unroll
+    for (int i = 0; i < 64; ++i) d[i] = 0.0f;
+#pragma unroll
+    for (int i = 0; i < 4; ++i) p[i] = 0x3c003c00u + threadIdx.x;
+#pragma unroll 1
+    for (int batch = 0; batch < batches; ++batch) {
+        wgmma_fence();
+        if (from_registers) {
+#pragma unroll
+            for (int step = 0; step < 8; ++step) Wgmma<128, true>::rs(d, p[0], p[1], p[2], p[3], b, 1);
+        } else {
+#pragma unroll
+            for (int step = 0; step < 8; ++step) Wgmma<128, true>::ss(d, a, b, 1);
+        }
+        wgmma_commit();
+        wgmma_wait<0>();
+    }
+    keep(d);
+}
+
+template <class Operation>
+__device__ __forceinline__ void beside(u32* out, int from_registers, int batches) {
+    extern __shared__ __align__(1024) unsigned char shared_bytes[];
+    for (u32 i = threadIdx.x; i < 65536 / 4; i += 256) reinterpret_cast<u32*>(shared_bytes)[i] = 0x3c003b80u + i % 61;
+    fence_proxy_async();
+    __syncthreads();
+    if (warp_uniform(threadIdx.x / 128) == 0) {
+        if (from_registers) multiply(true, batches);
+        else multiply(false, batches);
+    } else {
+        measure<Operation, 16, 128>(out);
+    }
 }
 
 #define UNIT(name, operation) \
     extern "C" __global__ void __launch_bounds__(512) rate_##name(u32* out) { measure<operation, 16>(out); } \
-    extern "C" __global__ void __launch_bounds__(512) latency_##name(u32* out) { measure<operation, 1>(out); }
+    extern "C" __global__ void __launch_bounds__(512) latency_##name(u32* out) { measure<operation, 1>(out); } \
+    extern "C" __global__ void __launch_bounds__(256, 1) beside_##name(u32* out, int from_registers, int batches) { \
+        beside<operation>(out, from_registers, batches); \
+    }
 
 UNIT(fma, Fma)
 UNIT(add, Add)
 UNIT(mul, Mul)
 UNIT(max, Max)
 UNIT(exp2, Exp)
+UNIT(exp2_sum, ExpSum)
 UNIT(to_bf16, ToBf16)
 UNIT(to_fp16, ToFp16)
 UNIT(to_e4m3, ToE4m3)

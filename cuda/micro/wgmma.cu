@@ -93,6 +93,48 @@ __device__ __forceinline__ void measure(u32* out) {
     keep(d);
 }
 
+// Two batches of eight m64n128k16 at once: warpgroup 1 issues its batch `delay` clocks after warpgroup 0.
+// out[warpgroup]: clocks from the start of warpgroup 0 until its batch is done.
+template <bool kFirstFromRegisters>
+__device__ __forceinline__ void contend(u32* out, int delay) {
+    for (u32 i = threadIdx.x; i < 98304 / 4; i += blockDim.x)
+        reinterpret_cast<u32*>(shared_bytes)[i] = 0x3c003b80u + i % 61;
+    asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+    const u32 warpgroup = __shfl_sync(0xffffffffu, threadIdx.x / 128, 0);
+    const Batch<128, kFirstFromRegisters, false> first(warpgroup);
+    const Batch<128, false, false> second(warpgroup);
+    float d[64];
+#pragma unroll
+    for (int i = 0; i < 64; ++i) d[i] = 0.0f;
+    u64 start = 0, stop = 0;
+#pragma unroll 1
+    for (int pass = 0; pass < 3; ++pass) {
+        __syncthreads();
+        start = clock_now();
+        if (warpgroup == 0) {
+            wgmma_fence();
+#pragma unroll
+            for (int step = 0; step < 8; ++step) first.issue(d, step);
+            wgmma_commit();
+            wgmma_wait<0>();
+        } else {
+            while (clock_now() - start < delay) {
+            }
+            wgmma_fence();
+#pragma unroll
+            for (int step = 0; step < 8; ++step) second.issue(d, step);
+            wgmma_commit();
+            wgmma_wait<0>();
+        }
+        stop = clock_now();
+    }
+    if (threadIdx.x % 128 == 0) out[warpgroup] = stop - start;
+    keep(d);
+}
+
+extern "C" __global__ void __launch_bounds__(256, 1) contend_ss(u32* out, int delay) { contend<false>(out, delay); }
+extern "C" __global__ void __launch_bounds__(256, 1) contend_rs(u32* out, int delay) { contend<true>(out, delay); }
+
 #define SHAPE(n) \
     extern "C" __global__ void __launch_bounds__(256, 1) ss_n##n(u32* out) { measure<n, false, false>(out); } \
     extern "C" __global__ void __launch_bounds__(256, 1) rs_n##n(u32* out) { measure<n, true, false>(out); } \

@@ -21,13 +21,15 @@ from fa_reference.kernels import Arguments, CompiledKernel, LoadedKernel, compil
 
 MICRO = ROOT / "cuda" / "micro"
 ROUNDS, CHAINS = 128, 16  # of units.cu
-OPERATIONS = ("fma", "add", "mul", "max", "exp2", "to_bf16", "to_fp16", "to_e4m3", "shuffle")
+OPERATIONS = ("fma", "add", "mul", "max", "exp2", "exp2_sum", "to_bf16", "to_fp16", "to_e4m3", "shuffle")
 WGMMA_N = (64, 128, 256)
 WGMMA_KINDS = ("ss", "rs", "fp8_ss", "fp8_rs")
 WGMMA_GROUPS = 64  # of wgmma.cu
 BARRIER_ROUNDS = 256  # of barriers.cu
 SOFTMAX_ROUNDS = 32
 LAUNCHES = 60
+BUSY_BATCHES = 200  # of 512 clocks: longer than any loop of units.cu beside them
+DELAYS = (0, 100, 256, 400, 600)
 TMA_SLOTS = 4  # of tma.cu
 KERNEL_CHAPTERS = (6, 7, 8, 9)
 L2_ROWS, HBM_ROWS = 1 << 16, 1 << 23  # of 256 bytes: 16.8 MB, 2.1 GB
@@ -76,12 +78,17 @@ def units() -> dict:
             rate[str(warps)] = round(statistics.median(clocks) / (ROUNDS * CHAINS * warps), 3)
         latency = _run(compiled, f"latency_{name}", 32, results=16)[0] / ROUNDS
         found[name] = {"clocks_by_warps": rate, "latency": round(latency, 2)}
+        for kind, from_registers in (("SS", 0), ("RS", 1)):
+            numbers = (ctypes.c_int(from_registers), ctypes.c_int(BUSY_BATCHES))
+            clocks = _run(compiled, f"beside_{name}", 256, *numbers, results=16, shared_bytes=65536)[:4]
+            found[name][f"clocks_beside_{kind}"] = round(statistics.median(clocks) / (ROUNDS * CHAINS), 3)
     found["quad_max"] = {"latency": round(_run(compiled, "quad_max", 32)[0] / ROUNDS, 1)}
     return found
 
 
 def wgmma() -> dict:
-    """Clocks of one m64nNk16 (e4m3: k32) in long batches, by one and two warpgroups; of short batches alone."""
+    """Clocks of one m64nNk16 (e4m3: k32) in long batches, by one and two warpgroups; of short batches alone; and when
+    two batches of 512 clocks are done of which the second is issued later, by the delay."""
     compiled, found = build("wgmma"), {}
     for kind in WGMMA_KINDS:
         for n in WGMMA_N:
@@ -95,6 +102,13 @@ def wgmma() -> dict:
                     str(size): {"issued": one[2 * i], "done": one[2 * i + 1]} for i, size in enumerate((1, 2, 4, 8))
                 },
             }
+    found["contend"] = {
+        kind: {
+            str(delay): _run(compiled, f"contend_{kind}", 256, ctypes.c_int(delay), shared_bytes=98304)[:2]
+            for delay in DELAYS
+        }
+        for kind in ("ss", "rs")
+    }
     return found
 
 

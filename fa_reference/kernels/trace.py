@@ -101,14 +101,23 @@ def decode(words: Sequence[Sequence[int]]) -> list[Event]:
 
 
 def record(
-    kernel: AttentionKernel, head_dim: int, dtype: torch.dtype, *, level: int = EVERYTHING, key_blocks: int = KEY_BLOCKS
+    kernel: AttentionKernel,
+    head_dim: int,
+    dtype: torch.dtype,
+    *,
+    level: int = EVERYTHING,
+    key_blocks: int = KEY_BLOCKS,
+    heads: int = HEADS,
 ) -> list[list[list[Event]]]:
-    """Run a tracing build on random input, not causal; events by recorded block and warpgroup. Needs a Hopper GPU."""
+    """Run a tracing build on random input, not causal; events by recorded block and warpgroup. Needs a Hopper GPU.
+
+    The keys fill key_blocks blocks, the queries are as many. With few heads the GPU is not full: a block is alone.
+    """
     length = key_blocks * kernel.block_k
-    shape = (1, length, HEADS, head_dim)
+    shape = (1, length, heads, head_dim)
     q, k, v = (torch.randn(shape, device="cuda", dtype=dtype).transpose(1, 2) for _ in range(3))
     sms = torch.cuda.get_device_properties(q.device).multi_processor_count
-    blocks_in_grid = HEADS * (-(-length // kernel.block_q))
+    blocks_in_grid = heads * (-(-length // kernel.block_q))
     source = traced_source(kernel, level, min(4 * sms, max(0, blocks_in_grid // 2 - BLOCKS)))
     for _ in range(3):
         kernel.forward(q, k, v)  # the release build, so that clocks and caches are as in a benchmark
@@ -151,15 +160,17 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description="Record in-kernel timelines of the chapters' kernels on a Hopper GPU.")
     parser.add_argument("chapters", nargs="*", type=int, default=[7, 8, 9])
     parser.add_argument("--head-dim", type=int, default=128, choices=(64, 128))
+    parser.add_argument("--heads", type=int, default=HEADS)
     parser.add_argument("--out", type=Path, default=RESULTS)
     options = parser.parse_args(arguments)
     options.out.mkdir(parents=True, exist_ok=True)
     for chapter in options.chapters:
         kernel = kernel_of(chapter)
-        everything = record(kernel, options.head_dim, torch.bfloat16)
+        everything = record(kernel, options.head_dim, torch.bfloat16, heads=options.heads)
         cycles = [cycles_of(block) for block in everything]
         release = statistics.median(
-            cycles_of(block) for block in record(kernel, options.head_dim, torch.bfloat16, level=CYCLES)
+            cycles_of(block)
+            for block in record(kernel, options.head_dim, torch.bfloat16, level=CYCLES, heads=options.heads)
         )
         slower = statistics.median(cycles) / release - 1
         chosen = sorted(range(BLOCKS), key=lambda b: cycles[b])[BLOCKS // 2]
@@ -175,7 +186,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
             source=device,
             chapter=chapter,
             kernel=kernel.source.name,
-            shape={"len": KEY_BLOCKS * kernel.block_k, "heads": HEADS, "head_dim": options.head_dim, "dtype": "bf16"},
+            shape={
+                "len": KEY_BLOCKS * kernel.block_k,
+                "heads": options.heads,
+                "head_dim": options.head_dim,
+                "dtype": "bf16",
+            },
             cycles=cycles[chosen],
             cycles_of_blocks=cycles,
             cycles_without_marks=release,
