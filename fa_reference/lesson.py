@@ -65,6 +65,7 @@ def style() -> None:
             "svg.hashsalt": "flash",
         }
     )
+    plt.switch_backend(plt.get_backend())  # loads it, so that a notebook shows figures made outside of pyplot, too
 
 
 def recorded(kind: str) -> dict[str, Any] | None:
