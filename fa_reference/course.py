@@ -58,6 +58,20 @@ CHAPTERS = (
         10.0,
         ("layouts.py", "fa2_cuda.py", "scalar.cu", "tiles.cu", "tensor_cores.cu", "fa2.cu"),
     ),
+    Chapter(
+        6,
+        "hopper_engines",
+        "Hopper's engines: TMA and wgmma",
+        8.0,
+        (
+            "schedule.py",
+            "layouts.py",
+            "tma_engine.cuh",
+            "tma_tile.cu",
+            "wgmma_engine.cuh",
+            "wgmma_tile.cu",
+            "attention.cu",
+        ),
 )
 
 

@@ -46,6 +46,7 @@ VERSIONS = {
         Version("fa2_tiled", 4, "fa2_tiled.py", "FA2, counted in Python", ("cpu",), ANY_FLOAT),
         Version("fa2_triton", 4, "fa2_triton.py", "FA2, Triton", ("cpu", "cuda"), HALF, (64, 128, 256)),
         Version("fa2_cuda", 5, "fa2_cuda.py", "FA2, CUDA", ("cuda",), HALF, (64, 128)),
+        Version("one_warpgroup", 6, "attention.py", "one warpgroup, CUDA", ("cuda",), HALF, (64, 128), hopper=True),
         Version("fa3_forward", None, "fa3_forward.py", "FA3, CUDA", ("cuda",), HALF, (64, 128, 256), hopper=True),
     )
 }

@@ -35,6 +35,7 @@
 
 # %%
 import json
+from functools import partial
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -42,17 +43,111 @@ import torch
 from IPython.display import Markdown, display
 
 from fa_reference.course import ROOT, chapter
+from fa_reference.hopper import SM, RuleBroken, run_attention
+from fa_reference.inputs import Case
 from fa_reference.kernels import KernelDeadlock, LoadedKernel, count_instructions
 from fa_reference.lesson import COLOURS, answer, difference, recorded, solution, style
 
 style()
+schedule = answer(6, "schedule.py")
 layouts = answer(6, "layouts.py")
 host = solution(6, "attention.py")
-engines = solution(6, "engines.py")
 SOFT = ["#cfe3f3", "#f8dfc3", "#cdebdd", "#f0d3e4", "#fbf3c4", "#dcd6f0", "#d9d9d9", "#f6cfc7"]
 
 # %% [markdown]
-# @@SCHEDULE@@
+# ## First: the whole kernel, on a model of an SM
+#
+# Asynchronous code goes wrong in ways that a GPU does not tell you about. Read a tile a moment before it has arrived,
+# and the result is wrong, sometimes. Wait for a phase that never completes, and the card hangs without a word. So first
+# you write the *schedule* of the kernel in Python: what is started when, who waits for what. It runs on
+# `fa_reference.hopper`, a model of one SM that has the instructions you will use, under their own names. The model
+#
+# - computes real numbers, so the result is judged like any other;
+# - keeps time: every unit (tensor cores, exponentials, FP32, TMA) works at its rate;
+# - knows, for every warpgroup, *what it has been told is over*. Using a tile that one was not told about is an error,
+#   even if by luck it has arrived.
+#
+# A kernel is one `async` function for each warpgroup. Every instruction is awaited; those with `wait` or `sync` in
+# their name block, the others only start something. Here a warpgroup loads a tile $X$ and computes $S = X X^T$:
+
+
+# %%
+async def square(wg, X, tile, full, forget=""):
+    await wg.mbarrier_arrive_expect_tx(full, tile.bytes)  # one arrival, and so many bytes will come
+    await wg.tma_load(tile, X, 0, full)  # started; returns at once
+    if forget != "mbarrier_wait":
+        await wg.mbarrier_wait(full, 0)  # until phase 0 is complete: the tile is there
+    S = wg.accumulator(64)  # 64 x 64 in registers
+    await wg.wgmma_fence()
+    await wg.wgmma(S, tile, tile, scale_d=False)  # started
+    await wg.wgmma_commit_group()
+    if forget != "wait_group":
+        await wg.wgmma_wait_group(0)  # until no group is in flight: S is there
+    S.row_max()
+
+
+def run_square(forget=""):
+    sm = SM()
+    X = sm.gmem("X", torch.randn(64, 64).half().float().numpy(), "float16")
+    tile, full = sm.smem("tile", (64, 64), "float16"), sm.mbarrier("full", count=1)
+    return sm.run({"warpgroup": partial(square, X=X, tile=tile, full=full, forget=forget)})
+
+
+print(run_square().table())
+
+# %% [markdown]
+# Leave out a wait, and the model says who did what, and which rule that breaks:
+
+# %%
+for forget in ("mbarrier_wait", "wait_group"):
+    try:
+        run_square(forget)
+    except RuleBroken as error:
+        print(f"without {forget}:\n{error}\n")
+
+# %% [markdown]
+# On the GPU neither would be reported. The first reads what was in shared memory before, the second takes the maximum
+# of registers that the tensor cores have not written yet.
+#
+# ### Attention by one warpgroup
+#
+# One tile of Q, one of K, one of V; one mbarrier for each. Block $j$ completes phase $j$ of `K_full` and of `V_full`,
+# so the parity to wait for is $j \bmod 2$. The tiles are used again for every block, and that is the crux: **a load may
+# overwrite a tile as soon as the product that reads it is over, and not before.** The next K can thus be loaded while
+# the warpgroup is in its softmax, though there is only one tile for it.
+
+# %%
+case = Case(len_q=64, len_k=8 * 128, head_dim=128, dtype="bfloat16")
+report = run_attention(schedule, *case.make()).report
+display(report.plot(start=0.45 * report.cycles, stop=0.8 * report.cycles))
+
+# %% [markdown]
+# The upper row is the warpgroup: grey where it waits, orange where it computes. Below it are the units. Numbers are
+# blocks.
+#
+# **Predict.** In how many percent of the cycles do the tensor cores work? While they do, what does the warpgroup do?
+
+# %%
+my_prediction_tensor_cores = None  # your number, in percent
+print(report.table())
+
+# %% [markdown]
+# The loads hide behind softmax and products, but softmax and products do not hide behind each other: one warpgroup does
+# one thing at a time. A second block of threads on the same SM, with a schedule of its own, fills part of the gaps;
+# chapters 7 to 9 fill them on purpose.
+#
+# **Exercise: `schedule.py`.** Write `load`, `store` and `attention`. `make check CHAPTER=6 ONLY=schedule` runs them on
+# lengths that fill no block, under masks, and 200 times with random latencies, in which a load may take eight times as
+# long as usual: a schedule that is right only by luck meets a run without it. The figure above is then yours.
+#
+# **When it fails.** The exception names the warpgroup, the iteration, the buffer, the rule, and what is likely.
+# *ReadTooEarly*: a wait at a barrier is missing. *OverwriteInUse*: a load is issued before the product that reads the
+# tile is known to be over. On a GPU the copy usually takes longer than what is left of the product, so such a kernel
+# passes its tests, until one day it does not. *WrongParity*: phase n has parity n mod 2. *RegistersInFlight*: an
+# accumulator is used before the wait that covers it. *Deadlock*: who waits for what, since when, and who has not come.
+#
+# The latencies and rates of the model are in `fa_reference/hopper/timing.py`, with their sources; what it leaves out is
+# listed in `fa_reference/hopper/__init__.py`.
 #
 # ## Step (a): TMA and the mbarrier that counts bytes
 #
@@ -360,7 +455,7 @@ plt.show()
 # | `wgmma_fence` | products that follow see what was written to accumulators and A registers before | wgmma.fence |
 # | the product | it will run, in order with others on the same accumulators | wgmma.mma_async |
 # | `wgmma_commit` | all products since the last commit are one group | wgmma.commit_group |
-# | `wgmma_wait<n>` | all but the n newest groups are over; their registers and tiles are yours again | wgmma.wait_group |
+# | `wgmma_wait<n>` | all but the n newest groups are over, and what they used is yours again | wgmma.wait_group |
 #
 # Between product and wait neither accumulators nor A registers may be touched. If the compiler finds that you do, it
 # puts a wait of its own there and says so, with a number such as C7514; the checks show you its meaning. Right numbers,
