@@ -72,6 +72,8 @@ CHAPTERS = (
             "wgmma_tile.cu",
             "attention.cu",
         ),
+        given=("engines.py", "attention.py"),
+    ),
 )
 
 
