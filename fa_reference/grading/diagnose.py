@@ -5,7 +5,7 @@ suspect than to the truth, the suspect's name goes into the failure message.
 """
 
 from collections.abc import Callable, Iterator
-from math import ceil, log2
+from math import ceil, e, log2
 
 import torch
 from torch import Tensor
@@ -16,6 +16,7 @@ BLOCKS = (16, 32, 64, 128)
 # A suspect is named if the output lies this many times closer to it than to the truth.
 CLOSER = 8.0
 ZEROS = "O is all zeros"
+NOTHING_SEEN = f"{ZEROS} and lse is -inf: no key was visited (are only whole blocks of keys visited, and is this less?)"
 
 
 class Problem:
@@ -66,8 +67,18 @@ class Problem:
         m = self.scores.amax(-1).nan_to_num(neginf=0.0)
         return o * torch.exp(lse - m)[..., None]
 
-    def online(self, block: int, *, rescale_o: bool = True, rescale_l: bool = True, inverted: bool = False) -> Tensor:
-        """o of a blockwise online softmax with the rescaling of O, of l, or its sign broken."""
+    def online(
+        self,
+        block: int,
+        *,
+        rescale_o: bool = True,
+        rescale_l: bool = True,
+        inverted: bool = False,
+        divided: bool = False,
+    ) -> Tensor:
+        """o of a blockwise online softmax with the rescaling of O, of l, or its sign broken; `divided`: O is divided by
+        l in every block, and rescaled as if it were not.
+        """
         m = torch.full((*self.q.shape[:3], 1), -torch.inf, dtype=torch.float64)
         l, o = torch.zeros_like(m), torch.zeros_like(self.q)
         for start in range(0, self.len_k, block):
@@ -79,7 +90,11 @@ class Problem:
                 alpha = torch.where(alpha > 0, 1 / alpha, alpha)
             l = l * (alpha if rescale_l else 1) + p.sum(-1, keepdim=True)
             o = o * (alpha if rescale_o else 1) + p @ self.v[..., start : start + block, :]
+            if divided:
+                o = o / torch.where(l == 0, 1, l)
             m = m_new
+        if divided:
+            return o
         return o / torch.where(l == 0, 1, l)
 
 
@@ -93,6 +108,11 @@ def suspects(p: Problem) -> Iterator[Suspect]:
     if abs(p.scale - 1) > 1e-6:
         yield "the scale is missing: multiply the scores by `scale`", lambda: p.attention(scale=1.0)
         yield "the scale is applied twice", lambda: p.attention(scale=p.scale**2)
+        yield (
+            "exp2 of scores that are meant for exp: multiply them by log2(e)",
+            lambda: p.attention(scale=p.scale / log2(e)),
+        )
+        yield "exp of scores that are meant for exp2: log2(e) is for exp2", lambda: p.attention(scale=p.scale * log2(e))
         usual = default_scale(p.q.shape[-1])
         if abs(p.scale - usual) > 1e-6:
             yield "the `scale` argument is ignored: 1/sqrt(d) is used", lambda: p.attention(scale=usual)
@@ -145,6 +165,7 @@ def suspects(p: Problem) -> Iterator[Suspect]:
                     "the rescale factor has the wrong sign: exp(m_old - m_new), not exp(m_new - m_old)",
                     {"inverted": True},
                 ),
+                ("O was divided by l before: multiply it by l_i before the new block is added", {"divided": True}),
             ):
                 yield f"{words} (blocks of {block} keys)", lambda n=block, b=broken: (p.online(n, **b), None)
     if p.len_k > 0:
@@ -159,11 +180,14 @@ def _distance(x: Tensor, y: Tensor) -> float:
 
 def _lse_bugs(lse: Tensor, gold: Tensor, p: Problem) -> Iterator[tuple[str, Tensor]]:
     maximum = p.scores.amax(-1) if p.len_k else torch.full_like(gold, -torch.inf)
-    yield "lse is in base 2: the natural logarithm is wanted (multiply by ln 2)", gold * log2(torch.e)
+    yield "lse is in base 2: the natural logarithm is wanted (multiply by ln 2)", gold * log2(e)
     yield "lse lacks the maximum: lse = m + log(l)", gold - maximum
     yield "lse is the maximum alone: lse = m + log(l)", maximum
     yield "lse is not the logarithm: log(l) + m is wanted, not l", gold.exp()
     yield "lse has the wrong sign", -gold
+    if p.len_k == 1:  # O is v whatever the score
+        yield "the scale is missing: multiply the scores by `scale`", gold / p.scale
+        yield "the scale is applied twice", gold * p.scale
 
 
 def _not_finite(o: Tensor, lse: Tensor, gold_lse: Tensor) -> str | None:
@@ -175,7 +199,8 @@ def _not_finite(o: Tensor, lse: Tensor, gold_lse: Tensor) -> str | None:
             why = "exp(-inf - -inf) and 0 / 0 are NaN"
             return f"rows without a visible key give NaN: O must be 0 there and lse -inf ({why})"
         if bad.all():
-            return "O is NaN or infinite everywhere: was it written at all, or did an exponential overflow?"
+            why = "was it written at all, or did an exponential overflow (subtract the maximum)?"
+            return f"O is NaN or infinite everywhere: {why}"
         b, h, i = rows[0].tolist()
         return (
             f"O is NaN or infinite in {len(rows)} rows, first at batch {b}, head {h}, row {i}: not written, "
@@ -209,6 +234,8 @@ def diagnose(
     not_empty = _not_empty(o, gold_o, gold_lse)
     if not_empty:
         return f"likely bug: {not_empty}"
+    if (lse == -torch.inf).all() and not o.any() and not (gold_lse == -torch.inf).all():
+        return f"seen: {NOTHING_SEEN}"
     problem = Problem(q, k, v, causal, scale)
     off = _distance(o, gold_o)
     size = float(gold_o.square().mean().sqrt())

@@ -58,7 +58,8 @@ def judged(o: Tensor, lse: Tensor, qkv: Sequence[Tensor], case: Case, bug: str =
         return
     likely = diagnose(o, lse, *qkv, **options)
     lines = [likely] if likely else []
-    if bug and (likely is None or likely.startswith("where: ")):
+    vague = likely is None or likely.startswith("where: ") or "NaN or infinite" in likely
+    if bug and vague:
         lines.append(f"this check is about: {bug}")
     raise CheckFailed("\n".join([*lines, errors_in_words(report), f"smallest failing case: {case}"]))
 

@@ -146,6 +146,9 @@ def test_traffic(answer: Answer) -> None:
                 f"{steps} outer steps Q is loaded once, and O, l and m are loaded once and stored once. Yours:\n"
                 + "\n".join(lines)
             )
+        most = max(stop - start for action, name, start, stop in result.log if action == "load" and name == "Q")
+        if most != min(block_q, len_q):
+            raise CheckFailed(f"Q was loaded in blocks of up to {most} rows; block_q is {block_q} and len_q {len_q}")
 
 
 def _times(counter: dict[str, int], name: str, size: int) -> str:
