@@ -9,7 +9,8 @@ from the order:
 - a group multiplies Q K^T if the mbarrier waited for last was K's, P V if it was V's.
 - what lies between the end of a wait and a commit is the issue of a group; between the end of a wait for wgmma and the
   next wait it is arithmetic: softmax after Q K^T (with rescaling O and rounding P, where the kernel does them there),
-  "rescale" after P V, and the epilogue at the end.
+  "rescale" after P V, and the epilogue at the end. Between a commit and the next wait there is nothing to do: if that
+  takes long, the warps were "held", unable to go on until the tensor cores had taken what they issued.
 """
 
 from collections.abc import Iterable, Sequence
@@ -45,7 +46,7 @@ class TraceBroken(RuntimeError):
     """The events of a warpgroup do not fit together: marks were lost, or the kernel left a wait out."""
 
 
-SHORT = 100  # clocks: less than this after P V is the loop's own bookkeeping and no arithmetic on a tile
+SHORT = 100  # clocks: less than this after P V or a commit is the loop's own bookkeeping
 
 
 @dataclass
@@ -67,10 +68,15 @@ class _Warpgroup:
         self.operand = "QK"  # what the next group multiplies
         self.finished = ""  # the group that the last wait completed, if nothing has happened since
         self.last = 0  # end of the event before
+        self.committing = False  # whether that was a commit
 
     def take(self, event: Event) -> None:
         if event.start < self.last:
             raise TraceBroken(f"{self.track}: {event} begins before the event before it ends, at {self.last}")
+        held = event.start - self.last
+        if self.committing and held >= SHORT:
+            self.spans.append(Span(self.track, "issue", "held", self.last, event.start, None, self.track))
+        self.committing = event.kind == Kind.COMMIT
         if event.kind == Kind.COMMIT:
             self._commit(event)
         elif event.kind != Kind.START:
@@ -117,7 +123,8 @@ class _Warpgroup:
         name = "epilogue" if event.kind == Kind.END else {"QK": "softmax", "PV": "rescale", "": ""}[self.finished]
         clocks = event.start - self.last
         self.finished = ""
-        if clocks > 0 and name and not (name == "rescale" and clocks < SHORT):
+        tiles = self.committed["QK"] > 0  # a producer has no epilogue
+        if clocks > 0 and name and tiles and not (name == "rescale" and clocks < SHORT):
             number = self.committed["QK"] - 1
             self.spans.append(Span(self.track, "math", name, self.last, event.start, number, self.track))
 
@@ -142,7 +149,7 @@ def spans_of(warpgroups: dict[str, Sequence[Event]], barriers: Sequence[str]) ->
 def shares(spans: Iterable[Span], track: str) -> dict[str, float]:
     """What a consumer's time went to, as shares of its time from its first span to its last (epilogue included).
 
-    Keys: "softmax", "rescale", "epilogue", "issue QK", "issue PV", "wait K_full" and the like; and
+    Keys: "softmax", "rescale", "epilogue", "issue QK", "issue PV", "held", "wait K_full" and the like; and
     "softmax under own wgmma", "softmax under other wgmma", "softmax under wgmma": shares of its softmax time during
     which wgmma groups were in flight; "wgmma in flight": share of the time with any consumer's group in flight. The
     last four are upper bounds, as the flights are.

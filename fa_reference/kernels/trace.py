@@ -11,6 +11,7 @@ waits took (trace.cuh), and start and end of the kernel are inserted into a copy
 """
 
 import argparse
+import json
 import statistics
 from collections.abc import Sequence
 from pathlib import Path
@@ -19,7 +20,7 @@ import torch
 
 from fa_reference.bench.record import RESULTS, provenance, slug
 from fa_reference.course import ROOT
-from fa_reference.hopper.trace import Span, plot_trace, write_trace
+from fa_reference.hopper.trace import Span, plot_trace, read_trace, write_trace
 from fa_reference.kernels.attention_host import AttentionKernel, loaded
 from fa_reference.kernels.compile import CompiledKernel, cache_folder
 from fa_reference.kernels.spans import Event, Kind, TraceBroken, shares, spans_of
@@ -155,6 +156,17 @@ def middle(spans: Sequence[Span], iterations: int = 4) -> tuple[float, float]:
     return starts[at], starts[min(at + iterations, len(starts) - 1)]
 
 
+def draw(path: Path) -> None:
+    """The figure of a recorded trace, from the middle of the block, as PNG and SVG beside its file."""
+    spans, about = read_trace(path), json.loads(path.read_text())["otherData"]
+    start, stop = middle(spans)
+    figure = plot_trace(spans, start=start, stop=stop)
+    title = f"{about['kernel']}, head_dim {about['shape']['head_dim']}, on {about['source']}"
+    figure.axes[0].set_title(f"{title}; recording made it {about['slower_by']:.1%} slower", fontsize=9)
+    for ending in ("png", "svg"):
+        figure.savefig(path.with_suffix(f".{ending}"), dpi=130)
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     """The command line."""
     parser = argparse.ArgumentParser(description="Record in-kernel timelines of the chapters' kernels on a Hopper GPU.")
@@ -199,14 +211,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             shares=went_to,
             provenance=provenance(["python", "-m", "fa_reference.kernels.trace", *map(str, options.chapters)]),
         )
-        shown = middle(spans)
-        figure = plot_trace(spans, start=shown[0], stop=shown[1])
-        figure.axes[0].set_title(
-            f"{kernel.source.name}, head_dim {options.head_dim}, on {device}; recording made it {slower:.1%} slower",
-            fontsize=9,
-        )
-        for ending in ("png", "svg"):
-            figure.savefig(path.with_suffix(f".{ending}"), dpi=130)
+        draw(path)
         print(f"chapter {chapter}: {cycles[chosen]:,} cycles a block, {release:,.0f} without marks ({slower:+.1%})")
         for track, parts in went_to.items():
             print(f"  {track}: " + ", ".join(f"{name} {share:.1%}" for name, share in parts.items()))

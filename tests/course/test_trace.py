@@ -115,6 +115,13 @@ def test_groups_are_completed_in_order_by_the_waits_that_cover_them():
     assert [s.iteration for s in named(spans, "consumer 0", "K_full")] == [0, 1]
 
 
+def test_a_long_gap_after_a_commit_is_time_held():
+    script = Script().wait(K_FULL, 100).issue(20).join(0, 400, 100)
+    spans = spans_of({"consumer 0": script(50, Kind.END).events}, BARRIERS)
+    assert [(s.kind, s.stop - s.start) for s in named(spans, "consumer 0", "held")] == [("issue", 400)]
+    assert not named(spans_of({"consumer 0": two_stages().events}, BARRIERS), "consumer 0", "held")
+
+
 def test_shares_say_how_much_softmax_ran_under_wgmma():
     one, other = two_stages(), two_stages(700)
     spans = spans_of({"consumer 0": one.events, "consumer 1": other.events}, BARRIERS)
