@@ -74,6 +74,31 @@ CHAPTERS = (
         ),
         given=("engines.py", "attention.py"),
     ),
+    Chapter(
+        7,
+        "warp_specialised",
+        "Warp specialisation: a producer and two consumers",
+        6.0,
+        ("schedule.py", "budget.py", "warp_specialised.cu"),
+        ("warp_specialised.py",),
+    ),
+    Chapter(8, "pingpong", "Pingpong: warpgroups in turns", 3.0, ("schedule.py", "pingpong.cu"), ("pingpong.py",)),
+    Chapter(
+        9,
+        "two_stage",
+        "Two-stage pipelining: FlashAttention-3",
+        4.0,
+        ("schedule.py", "fa3.cu"),
+        ("fa3.py",),
+    ),
+    Chapter(
+        10,
+        "fp8",
+        "FP8: quantisation, layouts, rotation",
+        9.0,
+        ("schedule.py", "quantise.py", "emulate.py", "layouts.py", "fp8.cu"),
+        ("fp8.py",),
+    ),
 )
 
 

@@ -47,6 +47,14 @@ VERSIONS = {
         Version("fa2_triton", 4, "fa2_triton.py", "FA2, Triton", ("cpu", "cuda"), HALF, (64, 128, 256)),
         Version("fa2_cuda", 5, "fa2_cuda.py", "FA2, CUDA", ("cuda",), HALF, (64, 128)),
         Version("one_warpgroup", 6, "attention.py", "one warpgroup, CUDA", ("cuda",), HALF, (64, 128), hopper=True),
+        *(
+            Version(name, number, file, title, ("cuda",), HALF, (64, 128), hopper=True)
+            for name, number, file, title in (
+                ("warp_specialised", 7, "warp_specialised.py", "FA3: warp specialisation"),
+                ("pingpong", 8, "pingpong.py", "FA3: + pingpong"),
+                ("two_stage", 9, "fa3.py", "FA3: + two stages"),
+            )
+        ),
         Version("fa3_forward", None, "fa3_forward.py", "FA3, CUDA", ("cuda",), HALF, (64, 128, 256), hopper=True),
     )
 }
