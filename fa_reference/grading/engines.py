@@ -6,7 +6,7 @@ computes them.
 """
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from fa_reference.course import chapter
@@ -14,6 +14,7 @@ from fa_reference.grading import cuda
 from fa_reference.grading.answer import Answer
 from fa_reference.grading.check import CheckFailed
 from fa_reference.grading.cuda import Built
+from fa_reference.grading.hopper import DEBUG_SECONDS
 from fa_reference.kernels.sass import opcode
 from fa_reference.versions import load_file
 
@@ -103,14 +104,17 @@ def wrapper(answer: Answer, file: str, course: Sequence[str], body: str, *, call
     raise CheckFailed(f"{file}: {call} does more, or less, than one instruction")
 
 
-def on_gpu(answer: Answer, function: str, *args: object) -> object:
-    """Call a function of engines.py on the GPU: first in the debug build, where no barrier waits for ever, then again.
+def on_gpu(answer: Answer, function: str, requests: Sequence[tuple], runs: int = 1) -> Iterator[object]:
+    """Results of a function of engines.py on the GPU, for each tuple of arguments `runs` times.
 
-    CheckFailed in words for a hang; returns the release build's result.
+    All requests go through the debug build first, where no barrier waits for ever: CheckFailed in words for a hang.
     """
-    watched = Answer(answer.workshop, answer.folder, time_limit=45.0)
+    watched = Answer(answer.workshop, answer.folder, DEBUG_SECONDS)
     try:
-        watched.call(HOST, function, *args, device="cuda", debug=True)
+        for request in requests:
+            watched.call(HOST, function, *request, device="cuda", debug=True)
     finally:
         watched.close()
-    return answer.call(HOST, function, *args, device="cuda")
+    for request in requests:
+        for _ in range(runs):
+            yield answer.call(HOST, function, *request, device="cuda")

@@ -15,13 +15,20 @@ def offset(row: int, column: int) -> int:
     return plain ^ (plain // 128 % 8 * 16)
 
 
-def copied(answer: Answer, x: Tensor) -> None:
-    """CheckFailed naming the first element of the copy that is wrong, and where its value comes from."""
+def copied(answer: Answer, *tensors: Tensor, runs: int = 1) -> None:
+    """Copy each tensor `runs` times; CheckFailed naming the first element that is wrong, and where it comes from."""
+    TILE.require_written(answer)
+    results = engines.on_gpu(answer, "copy_tiles", [(x,) for x in tensors], runs)
+    for number, got in enumerate(results):
+        same(got, tensors[number // runs], f"run {number + 1}: " if runs > 1 else "")
+
+
+def same(got: object, x: Tensor, run: str) -> None:
+    """CheckFailed unless `got` is x with zeros behind its last row."""
     batch, heads, length, head_dim = x.shape
     tiles = -(-length // ROWS)
     right = torch.zeros(batch, heads, tiles * ROWS, head_dim, dtype=x.dtype)
     right[:, :, :length] = x
-    got = engines.on_gpu(answer, "copy_tiles", x)
     if not isinstance(got, Tensor) or got.shape != right.shape:
         raise CheckFailed(f"copy_tiles must return {tuple(right.shape)}: engines.py is given, restore it by make reset")
     wrong = got.view(torch.int16) != right.view(torch.int16)
@@ -29,9 +36,9 @@ def copied(answer: Answer, x: Tensor) -> None:
         return
     b, h, row, column = wrong.nonzero()[0].tolist()
     value, tile = got[b, h, row, column].view(torch.int16), row // ROWS
-    same = right[b, h].view(torch.int16).unflatten(0, (-1, ROWS)) == value
-    earlier = [n for n in range(tile) if same[n, row % ROWS, column]]
-    places = same[tile].nonzero().tolist()
+    equal = right[b, h].view(torch.int16).unflatten(0, (-1, ROWS)) == value
+    earlier = [n for n in range(tile) if equal[n, row % ROWS, column]]
+    places = equal[tile].nonzero().tolist()
     if got[b, h, row, column].isnan():
         words = "is NaN: it was never written"
     elif earlier:
@@ -41,7 +48,7 @@ def copied(answer: Answer, x: Tensor) -> None:
     else:
         words = "holds nothing of its tile: are the coordinates of the load right?"
     where = f"batch {b}, head {h}, row {row}, column {column} of {tuple(x.shape)}"
-    raise CheckFailed(f"{where} {words} ({int(wrong.sum())} elements are wrong)")
+    raise CheckFailed(f"{run}{where} {words} ({int(wrong.sum())} elements are wrong)")
 
 
 def numbered(batch: int, heads: int, length: int, head_dim: int, layout: str = "bhnd") -> Tensor:
@@ -96,33 +103,20 @@ def test_instructions(answer: Answer) -> None:
 
 @check("one tile on the GPU", points=2, needs="hopper")
 def test_one(answer: Answer) -> None:
-    TILE.require_written(answer)
-    for head_dim in (64, 128):
-        copied(answer, numbered(1, 1, ROWS, head_dim))
+    copied(answer, *(numbered(1, 1, ROWS, head_dim) for head_dim in (64, 128)))
 
 
 @check("many tiles through one slot", points=1, needs="hopper")
 def test_many(answer: Answer) -> None:
-    TILE.require_written(answer)
-    for length in (2 * ROWS, 3 * ROWS, 40 * ROWS):
-        copied(answer, numbered(2, 3, length, 128))
+    copied(answer, *(numbered(2, 3, tiles * ROWS, 128) for tiles in (2, 3, 40)))
 
 
 @check("rows past the end are zeros; strides and NaN around the tensor", points=1, needs="hopper")
 def test_ragged(answer: Answer) -> None:
-    TILE.require_written(answer)
-    for length, layout in ((1, "bhnd"), (65, "bnhd"), (127, "padded"), (200, "padded")):
-        copied(answer, numbered(2, 3, length, 64, layout))
-        copied(answer, numbered(1, 2, length, 128, layout))
+    cases = ((1, "bhnd"), (65, "bnhd"), (127, "padded"), (200, "padded"))
+    copied(answer, *(numbered(2, 3, length, d, layout) for length, layout in cases for d in (64, 128)))
 
 
 @check("the same bits in 20 runs", points=1, needs="hopper")
 def test_deterministic(answer: Answer) -> None:
-    TILE.require_written(answer)
-    x = numbered(4, 16, 1000, 128)
-    copied(answer, x)
-    first = answer.call(engines.HOST, "copy_tiles", x, device="cuda")
-    for run in range(2, 21):
-        again = answer.call(engines.HOST, "copy_tiles", x, device="cuda")
-        if not torch.equal(first.view(torch.int16), again.view(torch.int16)):
-            raise CheckFailed(f"run {run} gives other numbers: a slot is overwritten before all threads have read it")
+    copied(answer, numbered(4, 16, 1000, 128), runs=20)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from fa_reference.course import CHAPTERS, ROOT, chapter
-from fa_reference.grading import CheckFailed, engines
+from fa_reference.grading import CheckFailed
 from fa_reference.grading.answer import Answer, Workshop
 from fa_reference.kernels import tile_geometry
 from fa_reference.stubs import write_stubs
@@ -266,13 +266,6 @@ def test_untouched_stubs_compile(tmp_path: Path):
 # ---- what the checks on the GPU say, about results made here ---------------------------------------------------------
 
 
-class Made:
-    """Stands for an Answer whose kernel has returned these results."""
-
-    def __init__(self, monkeypatch: pytest.MonkeyPatch, result: object) -> None:
-        monkeypatch.setattr(engines, "on_gpu", lambda answer, function, *args: result)
-
-
 def tiles(x: Tensor) -> Tensor:
     """The right result of copy_tiles."""
     padded = torch.zeros(*x.shape[:2], -(-x.shape[2] // 64) * 64, x.shape[3], dtype=x.dtype)
@@ -296,14 +289,12 @@ def plain_reading(x: Tensor) -> Tensor:
         (lambda x: torch.where(torch.arange(128)[:, None] < 100, tiles(x), math.nan).bfloat16(), "never written"),
     ],
 )
-def test_what_is_said_about_a_wrong_copy(monkeypatch, spoil, words):
+def test_what_is_said_about_a_wrong_copy(spoil, words):
     module = checks("tma_tile")
     x = module.numbered(1, 2, 128, 64)
-    Made(monkeypatch, tiles(x))
-    module.copied(None, x)
-    Made(monkeypatch, spoil(x))
+    module.same(tiles(x), x, "")
     with pytest.raises(CheckFailed, match=words):
-        module.copied(None, x)
+        module.same(spoil(x), x, "")
 
 
 def product(q, k, v, columns=slice(None), keys=slice(None)):
@@ -330,11 +321,9 @@ def product(q, k, v, columns=slice(None), keys=slice(None)):
         ),
     ],
 )
-def test_what_is_said_about_a_wrong_product(monkeypatch, spoil, words):
+def test_what_is_said_about_a_wrong_product(spoil, words):
     module = checks("wgmma_tile")
     q, k, v = (module.small(1, 1, 64, 128) for _ in range(3))
-    Made(monkeypatch, product(q, k, v))
-    module.multiplied(None, q, k, v, "d 128")
-    Made(monkeypatch, spoil(q, k, v))
+    module.exact(product(q, k, v), q, k, v, "d 128")
     with pytest.raises(CheckFailed, match=words):
-        module.multiplied(None, q, k, v, "d 128")
+        module.exact(spoil(q, k, v), q, k, v, "d 128")
