@@ -43,6 +43,17 @@ struct ExpSum {
     }
 };
 
+// The same for two scores, which are then rounded into one register of P.
+struct ExpSumRound {
+    static __device__ __forceinline__ void run(float& x, float& y) {
+        asm volatile("{\n.reg .f32 t, u;\n.reg .b32 p;\n"
+                     "fma.rn.f32 t, %0, %1, %1;\nex2.approx.ftz.f32 t, t;\nadd.f32 %1, %1, t;\n"
+                     "fma.rn.f32 u, %0, 0f3F000000, %0;\nex2.approx.ftz.f32 u, u;\nadd.f32 %1, %1, u;\n"
+                     "cvt.rn.bf16x2.f32 p, t, u;\nmov.b32 %0, p;\n}"
+                     : "+f"(x), "+f"(y));
+    }
+};
+
 // The warps of threads 0 .. kThreads - 1 of the caller (or all of the block, kThreads = 0) start together.
 template <class Operation, int kChains, int kThreads = 0>
 __device__ __forceinline__ void measure(u32* out) {
@@ -101,7 +112,7 @@ __device__ __forceinline__ void multiply(bool from_registers, int batches) {
     keep(d);
 }
 
-template <class Operation>
+template <class Operation, int kChains>
 __device__ __forceinline__ void beside(u32* out, int from_registers, int batches) {
     extern __shared__ __align__(1024) unsigned char shared_bytes[];
     for (u32 i = threadIdx.x; i < 65536 / 4; i += 256) reinterpret_cast<u32*>(shared_bytes)[i] = 0x3c003b80u + i % 61;
@@ -111,7 +122,7 @@ __device__ __forceinline__ void beside(u32* out, int from_registers, int batches
         if (from_registers) multiply(true, batches);
         else multiply(false, batches);
     } else {
-        measure<Operation, 16, 128>(out);
+        measure<Operation, kChains, 128>(out);
     }
 }
 
@@ -119,7 +130,11 @@ __device__ __forceinline__ void beside(u32* out, int from_registers, int batches
     extern "C" __global__ void __launch_bounds__(512) rate_##name(u32* out) { measure<operation, 16>(out); } \
     extern "C" __global__ void __launch_bounds__(512) latency_##name(u32* out) { measure<operation, 1>(out); } \
     extern "C" __global__ void __launch_bounds__(256, 1) beside_##name(u32* out, int from_registers, int batches) { \
-        beside<operation>(out, from_registers, batches); \
+        beside<operation, 16>(out, from_registers, batches); \
+    } \
+    extern "C" __global__ void __launch_bounds__(256, 1) \
+        latency_beside_##name(u32* out, int from_registers, int batches) { \
+        beside<operation, 1>(out, from_registers, batches); \
     }
 
 UNIT(fma, Fma)
@@ -128,6 +143,7 @@ UNIT(mul, Mul)
 UNIT(max, Max)
 UNIT(exp2, Exp)
 UNIT(exp2_sum, ExpSum)
+UNIT(exp2_sum_round, ExpSumRound)
 UNIT(to_bf16, ToBf16)
 UNIT(to_fp16, ToFp16)
 UNIT(to_e4m3, ToE4m3)

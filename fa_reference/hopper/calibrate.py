@@ -21,7 +21,19 @@ from fa_reference.kernels import Arguments, CompiledKernel, LoadedKernel, compil
 
 MICRO = ROOT / "cuda" / "micro"
 ROUNDS, CHAINS = 128, 16  # of units.cu
-OPERATIONS = ("fma", "add", "mul", "max", "exp2", "exp2_sum", "to_bf16", "to_fp16", "to_e4m3", "shuffle")
+OPERATIONS = (
+    "fma",
+    "add",
+    "mul",
+    "max",
+    "exp2",
+    "exp2_sum",
+    "exp2_sum_round",
+    "to_bf16",
+    "to_fp16",
+    "to_e4m3",
+    "shuffle",
+)
 WGMMA_N = (64, 128, 256)
 WGMMA_KINDS = ("ss", "rs", "fp8_ss", "fp8_rs")
 WGMMA_GROUPS = 64  # of wgmma.cu
@@ -69,7 +81,9 @@ def _run(
 
 
 def units() -> dict:
-    """Clocks of a warp instruction on one of the four sub-cores: issued back to back by 1, 2, 4 warps each; latency."""
+    """Clocks of a warp instruction on one of the four sub-cores: issued back to back by 1, 2, 4 warps each; latency;
+    and of one warp beside wgmmas of another. exp2_sum is three instructions, exp2_sum_round two of them and a rounding.
+    """
     compiled, found = build("units"), {}
     for name in OPERATIONS:
         rate = {}
@@ -82,6 +96,8 @@ def units() -> dict:
             numbers = (ctypes.c_int(from_registers), ctypes.c_int(BUSY_BATCHES))
             clocks = _run(compiled, f"beside_{name}", 256, *numbers, results=16, shared_bytes=65536)[:4]
             found[name][f"clocks_beside_{kind}"] = round(statistics.median(clocks) / (ROUNDS * CHAINS), 3)
+            clocks = _run(compiled, f"latency_beside_{name}", 256, *numbers, results=16, shared_bytes=65536)[:4]
+            found[name][f"latency_beside_{kind}"] = round(statistics.median(clocks) / ROUNDS, 2)
     found["quad_max"] = {"latency": round(_run(compiled, "quad_max", 32)[0] / ROUNDS, 1)}
     return found
 
