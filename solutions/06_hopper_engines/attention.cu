@@ -5,6 +5,7 @@
 // soon as all have read the slot, and everybody waits until it has come. Two blocks of threads share an SM.
 //
 // Shared tiles are [head_dim / 64][rows][64] with the 128-byte swizzle, as one 5-D TMA box delivers them.
+// The wrappers are the course's: those of tma_engine.cuh and wgmma_engine.cuh, for every size.
 #include "hopper/base.cuh"
 #include "hopper/mbarrier.cuh"
 #include "hopper/sync.cuh"

@@ -30,7 +30,7 @@ def same(got: object, x: Tensor, run: str) -> None:
     right = torch.zeros(batch, heads, tiles * ROWS, head_dim, dtype=x.dtype)
     right[:, :, :length] = x
     if not isinstance(got, Tensor) or got.shape != right.shape:
-        raise CheckFailed(f"copy_tiles must return {tuple(right.shape)}: engines.py is given, restore it by make reset")
+        raise CheckFailed(f"copy_tiles must return {tuple(right.shape)}: engines.py is given, restore it")
     wrong = got.view(torch.int16) != right.view(torch.int16)
     if not wrong.any():
         return
