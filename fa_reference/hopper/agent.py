@@ -23,6 +23,7 @@ from fa_reference.hopper.rules import (
     RegistersOverBudget,
     RuleBroken,
     WrongParity,
+    WrongTxBytes,
 )
 from fa_reference.hopper.trace import Span
 
@@ -231,6 +232,9 @@ class Agent:
         message = f"{what} {verb} {buffer.name} while nothing says that this is over: {other}"
         if old_news:
             return WrongParity(f"{message}. {old_news}", **self.where(buffer.name))
+        if other.mbarrier and other.mbarrier.tx < other.mbarrier.on_their_way:
+            message += f". Its bytes were not announced: {other.mbarrier.name} did not wait for them"
+            return WrongTxBytes(message, **self.where(buffer.name))
         if other.old_news:  # the other one came too early
             return WrongParity(f"{other.what} of {buffer.name} out of turn. {other.old_news}", **other.where)
         return (OverwriteInUse if writes else ReadTooEarly)(message, **self.where(buffer.name))

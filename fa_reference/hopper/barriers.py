@@ -24,6 +24,7 @@ class Mbarrier:
         self.phase = 0  # the phase in progress; phases 0 .. phase - 1 are complete
         self.pending = count
         self.tx = 0
+        self.on_their_way = 0  # bytes of loads that were issued and have not come
         self.arrived: list[str] = []  # in this phase
         self.arrived_before: list[str] = []  # in the phase before
         self.users = set() if users is None else users

@@ -36,14 +36,17 @@ class Copies(Agent):
         access = self.access(buffer, "TMA load", writes=True, generic=False, mbarrier=mbarrier)
         phase, where = mbarrier.phase, self.where(buffer.name)
 
+        mbarrier.on_their_way += buffer.bytes
+
         def complete() -> None:
             buffer.data[:] = source.box(row, buffer.shape)
+            mbarrier.on_their_way -= buffer.bytes
             mbarrier.complete_tx(buffer.bytes, {(access, "over")}, phase, **where)
 
         _, end = self.sm.units["TMA"].reserve(
             self._traffic(buffer, source), self, f"load {buffer.name}", self.iteration
         )
-        self.sm.background(end + self._tma_latency(source), complete)
+        self.sm.at(end + self._tma_latency(source), complete)
 
     @instruction
     async def tma_store(self, target: GlobalTensor, row: int, buffer: Buffer) -> None:
@@ -62,7 +65,7 @@ class Copies(Agent):
         _, end = self.sm.units["TMA"].reserve(
             self._traffic(buffer, target), self, f"store {buffer.name}", self.iteration
         )
-        self.sm.background(end + self._tma_latency(target), complete)
+        self.sm.at(end + self._tma_latency(target), complete)
 
     @instruction
     async def bulk_commit_group(self) -> None:

@@ -43,8 +43,9 @@ class OverwriteInUse(RuleBroken):
         "wait_group for one's own wgmma, after a barrier at which every other user arrived when it was done."
     )
     likely = (
-        "the slot was released too early (before wgmma_wait_group said that the product reading it is over), or it "
-        "is filled without waiting for its release."
+        "the slot was released too early (before wgmma_wait_group said that the product reading it is over), it "
+        "is filled without waiting for its release, or its `empty` barrier counts less arrivals than it has "
+        "readers."
     )
 
 
@@ -113,7 +114,7 @@ class DoubleArrive(RuleBroken):
     )
     likely = (
         "an arrival too many: the same tile released twice, at the wrong slot, or for another warpgroup; or the "
-        "mbarrier's count is too small."
+        "wait that belongs before this arrival is missing; or the mbarrier's count is too small."
     )
 
 

@@ -106,7 +106,6 @@ class SM:
         self.violations: list[RuleBroken] = []
         self._events: list[tuple[float, float, int, Callable[[], None]]] = []
         self._numbers = itertools.count()  # of two events in one cycle, the older comes first
-        self._in_flight = 0  # asynchronous operations that have not completed
         self._warpgroups: list[Warpgroup] = []
 
     # --- declarations
@@ -140,16 +139,6 @@ class SM:
         """Do something in that many clocks, give or take some luck."""
         self.at(self.now + self.luck.vary(clocks), action)
 
-    def background(self, time: float, complete: Callable[[], None]) -> None:
-        """An asynchronous operation completes then."""
-        self._in_flight += 1
-
-        def end() -> None:
-            self._in_flight -= 1
-            complete()
-
-        self.at(time, end)
-
     # --- running
 
     def run(self, roles: dict[str, Role], *, registers_at_launch: int | None = None) -> Report:
@@ -176,6 +165,7 @@ class SM:
             for wg in self._warpgroups:
                 wg.close()
         self._check_barriers_empty()
+        self._check_loads_seen()
         return Report(
             cycles=self.now,
             busy={name: unit.busy for name, unit in self.units.items()},
@@ -204,8 +194,6 @@ class SM:
         ):
             if any(group.facts for group in groups):
                 raise ExitInFlight(f"returns without waiting for a {what} it issued", **wg.where())
-        if self._in_flight and all(other.done for other in self._warpgroups):
-            raise ExitInFlight(f"the block ends while {self._in_flight} TMA loads are in flight", **wg.where())
 
     def broken(self, error: RuleBroken) -> None:
         """Raise, or only note if check=False."""
@@ -244,11 +232,20 @@ class SM:
                     what = f"asks mbarrier {mbarrier.name} for parity {phase % 2}, which is that of phase {phase}, and "
                     what += f"has not seen phase {phase - 1} (parity {(phase - 1) % 2}), which is complete"
                     raise WrongParity("\n  ".join([what, *waits]), **wg.where(mbarrier.name))
-        if self.mbarriers and not any(mbarrier.users for mbarrier in self.mbarriers):
-            waits.append(
-                "Nobody ever arrived anywhere. (All buffers are free at the start: a wait for that has parity 1)"
-            )
+        for mbarrier in self.mbarriers:
+            if first.waiting[1] == mbarrier.missing and mbarrier not in first.seen and not mbarrier.users:
+                waits.append(
+                    f"{first.name} has never waited at {mbarrier.name} before, and nobody ever arrived there. If it may "
+                    "go on the first time (a slot that was never filled is free), it must ask for parity 1"
+                )
         raise Deadlock("deadlock: nobody can go on", waits, **where)
+
+    def _check_loads_seen(self) -> None:
+        for buffer in self.shared.buffers:
+            load = buffer.last_write
+            if load and load.mbarrier and not any((load, "over") in wg.known for wg in self._warpgroups):
+                what = f"the block ends though nobody has waited for the load of {buffer.name}, which may be in flight"
+                self.broken(ExitInFlight(what, **load.where))
 
     def _check_barriers_empty(self) -> None:
         for mbarrier in self.mbarriers:

@@ -193,7 +193,7 @@ class Warpgroup(Copies):
         _, end = self.sm.units["wgmma"].reserve(as_flop, self, f"wgmma {B.name}", self.iteration)
         # wgmmas of one warpgroup complete in order
         self.last_wgmma_end = max(self.last_wgmma_end, end + self.sm.luck.vary(timing.wgmma_latency))
-        self.sm.background(self.last_wgmma_end, complete)
+        self.sm.at(self.last_wgmma_end, complete)
         if a_registers is not None:
             await self.sleep_until(self.sm.now + timing.rs_wgmma_hold * (end - self.sm.now))
 
