@@ -142,8 +142,8 @@ print(report.table())
 #
 # **When it fails.** The exception names the warpgroup, the iteration, the buffer, the rule, and what is likely.
 # *ReadTooEarly*: a wait at a barrier is missing. *OverwriteInUse*: a load is issued before the product that reads the
-# tile is known to be over. On a GPU the copy usually takes longer than what is left of the product, so such a kernel
-# passes its tests, until one day it does not. *WrongParity*: phase n has parity n mod 2. *RegistersInFlight*: an
+# tile is known to be over. On a GPU, where the copy takes longer than what is left of the product, such a kernel passes
+# its tests, until one day it does not. *WrongParity*: phase n has parity n mod 2. *RegistersInFlight*: an
 # accumulator is used before the wait that covers it. *Deadlock*: who waits for what, since when, and who has not come.
 #
 # The latencies and rates of the model are in `fa_reference/hopper/timing.py`, with their sources; what it leaves out is
@@ -170,7 +170,7 @@ display(Markdown(f"Q of shape {tuple(q.shape)}, strides {q.stride()}, as TMA see
 
 # %% [markdown]
 # Rows past the end of a head come as zeros, not as the next head's first rows: that is what heads and batch being
-# dimensions of their own buys. Ragged lengths cost nothing on loads.
+# dimensions of their own buys. Loads need no code for ragged lengths.
 #
 # **Predict.** `fa2.cu` copies a tile of K with `cp.async`, 16 bytes an instruction and thread. How many instructions do
 # its 128 threads issue together for a tile of 128 keys at d 128? How many does `attention.cu`?
@@ -594,9 +594,9 @@ display(
 # %% [markdown]
 # One warpgroup without any finesse, two of them sharing an SM by luck, and it is far past FlashAttention-2.
 #
-# **A prediction that failed.** Before the first run, 400 TFLOP/s were predicted (`cuda/ABLATION.md`): a block has only
-# 64 rows, so K and V are read from the L2 cache once for every 64 rows, and at 500 TFLOP/s that would be 8 TB/s, which
-# was thought to be more than L2 gives.
+# **A prediction that failed.** Before the first run, 400 TFLOP/s were predicted, for an H200 (`cuda/ABLATION.md`): a
+# block has only 64 rows, so K and V are read from the L2 cache once for every 64 rows, and at 500 TFLOP/s that would be
+# 8 TB/s, which was thought to be more than L2 gives.
 
 # %%
 flops_per_byte = 4 * 64 * 128 * 128 / (2 * 128 * 128 * 2)  # of one block of 128 keys: both products; K and V

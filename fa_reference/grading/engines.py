@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from fa_reference.course import chapter
 from fa_reference.grading import cuda
 from fa_reference.grading.answer import Answer
-from fa_reference.grading.check import CheckFailed
+from fa_reference.grading.check import CheckFailed, NotWritten
 from fa_reference.grading.cuda import Built
 from fa_reference.grading.hopper import DEBUG_SECONDS
 from fa_reference.kernels.sass import opcode
@@ -20,6 +20,7 @@ from fa_reference.versions import load_file
 
 CHAPTER, HOST = 6, "engines.py"
 ENGINE = re.compile(r"SYNCS|UTMA|UBLK|HGMMA|WARPGROUP|FENCE|MEMBAR|ELECT")  # opcodes of barriers and engines
+WRAPPER = re.compile(r"\b((?:mbarrier|tma|wgmma)_\w+)")
 VALUE = re.compile(r'static assertion failed with "([^"]*)"')
 
 
@@ -56,9 +57,26 @@ class Tile:
         _computes(answer, f"{self.file}, head_dim {head_dim}", values, "machine_code", self.name, head_dim)
 
 
+def wrappers_written(answer: Answer, file: str, code: str) -> None:
+    """Raise NotWritten if a wrapper that `code` calls still holds a TODO in the header `file`.
+
+    So that each can be checked as soon as it is written.
+    """
+    if not (path := answer.folder / file).is_file():
+        raise CheckFailed(f"there is no file {file} in {answer.folder}")
+    text = path.read_text(encoding="utf-8", errors="replace")
+    for name in dict.fromkeys(WRAPPER.findall(code)):
+        body = re.search(rf"^[^\n/]*\b{name}\([^;{{]*\{{.*?^\}}", text, re.M | re.S)
+        if body and (todo := cuda.unwritten(body[0])):
+            line = text.count("\n", 0, body.start()) + todo[0]
+            raise NotWritten(
+                f"not written yet: {file}: line {line}: {todo[1]} (delete the TODO comment when it is done)"
+            )
+
+
 def header_computes(answer: Answer, file: str, values: Mapping[str, int]) -> None:
     """The same for constexpr functions of a header."""
-    cuda.require_written(answer, file)
+    wrappers_written(answer, file, " ".join(values))
     _computes(answer, file, values, "wrapper_code", (file,))
 
 
@@ -78,7 +96,7 @@ def wrapper(answer: Answer, file: str, course: Sequence[str], body: str, *, call
     `course`: the course's headers of the same functions; `alias` defines what has another name there. `body` stands
     in a kernel with `barrier`, `tile` (shared memory), `map` and `out` (global memory). `call`: what messages call it.
     """
-    cuda.require_written(answer, file)
+    wrappers_written(answer, file, body)
     text = (
         'extern "C" __global__ void attention(const __grid_constant__ TensorMap map, float* out) {\n'
         "    __shared__ u64 barrier;\n    extern __shared__ __align__(1024) unsigned char tile[];\n"

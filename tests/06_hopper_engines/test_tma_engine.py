@@ -2,7 +2,7 @@
 
 import re
 
-from fa_reference.grading import CheckFailed, check, cuda, engines
+from fa_reference.grading import CheckFailed, check, engines
 from fa_reference.grading.answer import Answer
 
 FILE = "tma_engine.cuh"
@@ -37,7 +37,7 @@ def test_load(answer: Answer) -> None:
 @check("the fence stands in mbarrier_init_fence", points=1)
 def test_fence(answer: Answer) -> None:
     """It leaves no instruction behind on Hopper, so only the source can tell."""
-    cuda.require_written(answer, FILE)
+    engines.wrappers_written(answer, FILE, "mbarrier_init_fence")
     text = re.sub(r"//.*", "", (answer.folder / FILE).read_text(encoding="utf-8", errors="replace"))
     body = re.search(r"\bmbarrier_init_fence\s*\(\s*\)\s*\{.*?^\}", text, re.M | re.S)
     if not body or not re.search(r"fence\.(mbarrier_init\.release\.cluster|proxy\.async)", body[0]):
