@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from fa_reference.fp8 import quantize, random_signs, rotate
+from fa_reference.fp8.attention import check_scale
 from fa_reference.kernels.attention_host import AttentionKernel
 from fa_reference.validation import check_attention_inputs
 
@@ -55,13 +56,10 @@ def _checked(name: str, scale: Tensor, x: Tensor, block: int | None) -> Tensor:
     """The scales, contiguous; ValueError for a wrong type, shape, dtype or device. Values are not looked at."""
     allowed = {tuple(x.shape[:2]): "one a head"}
     if block is not None:
-        allowed[*x.shape[:2], math.ceil(x.shape[2] / block)] = f"one a block of {block} rows"
-    words = " or ".join(f"{shape} ({meaning})" for shape, meaning in allowed.items())
-    if not isinstance(scale, Tensor) or tuple(scale.shape) not in allowed:
-        found = tuple(scale.shape) if isinstance(scale, Tensor) else type(scale).__name__
-        raise ValueError(f"{name} is {found}; allowed: a float32 tensor of shape {words}")
-    if scale.dtype != torch.float32 or scale.device != x.device:
-        raise ValueError(f"{name} is {scale.dtype} on {scale.device}; allowed: torch.float32 on {x.device}")
+        allowed[*x.shape[:2], math.ceil(x.shape[2] / block)] = f"one for every {block} rows"
+    check_scale(name, scale, allowed, values=False)
+    if scale.device != x.device:
+        raise ValueError(f"{name} is on device {scale.device}; allowed: {x.device}, where its codes are")
     return scale.contiguous()
 
 

@@ -2,7 +2,7 @@
 
 import torch
 
-from fa_reference.course import chapter
+from fa_reference.course import ROOT
 from fa_reference.grading import CheckFailed, check, cuda, hopper
 from fa_reference.grading import fp8 as judge
 from fa_reference.grading.answer import Answer
@@ -136,4 +136,4 @@ def test_deterministic(answer: Answer) -> None:
 
 @check("at least 0.8 of the solution's speed", points=2, needs="hopper")
 def test_speed(answer: Answer) -> None:
-    KERNEL.speed(answer, chapter(9).solution / "fa3.py", 0.8)
+    KERNEL.speed(answer, ROOT / "solutions" / "09_two_stage" / "fa3.py", 0.8)

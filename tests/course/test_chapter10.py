@@ -266,9 +266,10 @@ def test_bad_input_is_refused_before_any_launch(changes, words):
 @pytest.mark.parametrize(
     "scale, words",
     [
-        (torch.ones(1, 2, 3), r"q_scale is \(1, 2, 3\); allowed: .*\(1, 2\) \(one a head\) or \(1, 2, 2\)"),
-        (1.0, "q_scale is float"),
-        (torch.ones(1, 2).double(), "q_scale is torch.float64"),
+        (torch.ones(1, 2, 3), r"q_scale has shape \(1, 2, 3\); allowed: \(1, 2\) \(one a head\) or \(1, 2, 2\)"),
+        (1.0, "q_scale is a float"),
+        (torch.ones(1, 2).double(), "q_scale has dtype torch.float64"),
+        (torch.ones(1, 2, device="meta"), "q_scale is on device meta"),
     ],
 )
 def test_bad_scales_are_refused(scale, words):
