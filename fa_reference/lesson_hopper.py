@@ -1,6 +1,7 @@
 """What the lessons of the Hopper chapters share: the recorded ablation, timelines of the model and of the GPU."""
 
 import json
+import statistics
 from collections.abc import Sequence
 from functools import cache
 from io import BytesIO
@@ -119,18 +120,44 @@ def picture(spans: Sequence[Span], title: str, start: float, stop: float) -> "Im
     return Image(png.getvalue())
 
 
-def show_gpu_timeline(chapter: int, iterations: int = 4) -> None:
-    """Display the recorded timeline of a chapter's kernel, and what the consumers' time went to."""
+SHARES = {  # rows of the table below a recorded timeline: entries of the trace that are added up
+    "softmax": ("softmax",),
+    "rescaling O, rounding P, on their own": ("rescale",),
+    "waiting for Q K^T": ("wait wgmma QK",),
+    "waiting for P V": ("wait wgmma PV",),
+    "issuing products, or held while doing so": ("issue QK", "issue PV", "held"),
+    "asking for K and V": ("wait K_full", "wait V_full"),
+    "waiting for the turn": ("wait barrier 1", "wait barrier 2"),
+    "of the softmax: while the other's products run": ("softmax under other wgmma",),
+    "of the softmax: while its own product runs": ("softmax under own wgmma",),
+}
+
+
+def show_gpu_timeline(*chapters: int, iterations: int = 3) -> None:
+    """Display the recorded timelines of chapters' kernels, and what their consumers' time went to."""
     from IPython.display import Markdown, display
 
-    if (found := gpu_trace(chapter)) is None:
-        display(Markdown("**Not recorded yet**: `python -m fa_reference.kernels.trace` on an H100 does it."))
+    found = {chapter: gpu_trace(chapter) for chapter in chapters}
+    if missing := [str(chapter) for chapter, trace in found.items() if trace is None]:
+        display(
+            Markdown(f"Chapter {', '.join(missing)}: **not recorded yet**; `python -m fa_reference.kernels.trace`.")
+        )
         return
-    spans, facts = found
-    title = f"{facts['kernel']} on an {facts['source']}; recording made it {facts['slower_by']:.1%} slower"
-    display(picture(spans, title, *middle(spans, iterations)))
-    shares = facts["shares"]
-    kinds = list(dict.fromkeys(kind for share in shares.values() for kind in share))
-    lines = ["| share of the time | " + " | ".join(kinds) + " |", "|---" * (len(kinds) + 1) + "|"]
-    lines += [f"| {wg} | " + " | ".join(f"{share.get(k, 0):.1%}" for k in kinds) + " |" for wg, share in shares.items()]
+    for spans, facts in found.values():
+        lengths = [s.stop - s.start for s in spans if s.name == "softmax"]
+        title = f"{facts['kernel']} on an {facts['source']}; recording made it {facts['slower_by']:.1%} slower"
+        display(picture(spans, title, *middle(spans, iterations)))
+        print(
+            f"chapter {facts['chapter']}: a softmax takes {statistics.median(lengths):,.0f} clocks (median, recorded)"
+        )
+    head = ["share of a consumer's time", *(f"chapter {chapter}: consumer 0 / 1" for chapter in chapters)]
+    lines = ["| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
+    for words, entries in SHARES.items():
+        row = []
+        for _, facts in found.values():
+            shares = [sum(share.get(e, 0.0) for e in entries) for share in facts["shares"].values()]
+            row.append(" / ".join(f"{share:.0%}" for share in shares))
+        lines.append("| " + " | ".join([words, *row]) + " |")
+    row = [f"{facts['cycles_without_marks'] / (facts['shape']['len'] / 128):,.0f}" for _, facts in found.values()]
+    lines.append("| " + " | ".join(["clocks for a block of keys, start and end included, not recorded", *row]) + " |")
     display(Markdown("\n".join(lines)))

@@ -34,7 +34,7 @@ from IPython.display import Markdown, display
 
 from fa_reference import lesson_hopper as hopper
 from fa_reference.course import ROOT, chapter
-from fa_reference.hopper import RuleBroken
+from fa_reference.hopper import RuleBroken, covered, overlap
 from fa_reference.hopper.schedules import load_schedule
 from fa_reference.kernels import cache_folder
 from fa_reference.lesson import answer, difference, style
@@ -69,10 +69,10 @@ display(Markdown("\n".join(lines)))
 
 # %% [markdown]
 # The producer waits nearly all the time, which costs nothing: a waiting warpgroup issues no instructions, and it has
-# given most of its registers away. Two consumers hide each other's softmax without having been told to. Whether they
-# drift apart by themselves, as here, or run in step and queue up for the tensor cores, nobody decides yet; that is
-# chapter 8. And the comparison is not fair to chapter 6: on the GPU two of its blocks of threads share an SM and hide
-# each other's softmax too. The price of that: each loads all of K and V for only 64 rows.
+# given most of its registers away. Two consumers hide part of each other's softmax without having been told to. How
+# large a part is left to chance; that will be chapter 8. The comparison is not fair to chapter 6: on the GPU two of
+# its blocks of threads share an SM and hide each other's softmax too. The price of that: each loads all of K and V
+# for only 64 rows.
 #
 # ## Why a warpgroup of its own for copies?
 #
@@ -254,8 +254,7 @@ display(Markdown(hopper.table(names, shapes)))
 # - One more line of overlap is worth more than the whole change: the variant "deferred" waits for O += P V only
 #   together with the next S, so that the tensor cores have two products queued. Nothing else differs.
 #
-# What is not known: how much of the distance between chapter 7 and its variant is tensor cores that run dry between
-# two products of one consumer, and how much is both consumers falling into step.
+# How the distance to that variant comes about, and what the two consumers really do, shows in the timeline below.
 #
 # So why specialise? For what it makes possible: a consumer without copies to issue can be *scheduled*, and that is
 # what chapters 8 and 9 do.
@@ -278,11 +277,26 @@ for name, rows in (("attention", 64), ("warp_specialised", 128)):
 # %% [markdown]
 # ## On the H100
 #
-# The same kernel, recorded on the device: a tracing build notes the SM's clock when a wait or a product begins and
-# ends.
+# The same kernel, recorded on the device: a tracing build notes how long each wait took and when products were
+# issued, by the SM's clock (`cuda/hopper/trace.cuh`); the rest is derived. A product counts as in flight from its
+# issue to the end of the wait for it, which is an upper bound. **Predict** before you run the cell: for which share
+# of the time of one consumer's softmax do the other's products run?
 
 # %%
+my_prediction_covered = None
+softmaxes = after.select("consumer 0", "softmax")[1:-1]
+under = overlap(softmaxes, after.select("wgmma", owner="consumer 1")) / covered(softmaxes)
+print(f"on the model: {under:.0%}")
 hopper.show_gpu_timeline(7)
+
+# %% [markdown]
+# The consumers do fall into step, but into a bad one. For more than half of their time in the softmax, both are in it
+# and the tensor cores have nothing to do. Then both want them at once: Q K^T of one takes nearly twice as long as P
+# V, because P V of the other is still running, and the warpgroup that comes second is held while it issues.
+#
+# Two more things are worth a look. Nobody waits for memory: asking for K and V takes a few percent, because even a
+# barrier that has long been completed costs some 60 clocks to ask. And the producer waits for empty slots nearly all
+# the time, as it should.
 
 # %% [markdown]
 # ## The difference, line by line

@@ -253,15 +253,30 @@ for pair in (
 #   lot (first line above).
 # - **Here it is worth nothing.** With a producer and two free consumers the other's products already fill the tensor
 #   cores. Where the softmax stands makes no difference any more (second line).
-# - **What two stages do gain, they gain by queueing two products at once**, and "deferred", which does only that, has
-#   as much. Two stages without turns are the fastest textbook variant of these with 128 keys, together with pingpong
-#   and the later wait.
+# - **What two stages gain, the later wait gains too.** "Waits for P V together with the next S" only keeps two
+#   products under way, and has as much. With 128 keys, two stages without turns and pingpong with the later wait are
+#   the fastest of these.
 # - **Turns and two stages do not add up here; with turns, two stages are a little slower than without.** In the paper
-#   they add up. A turn makes a consumer wait for the other's *issue* even when the tensor cores have room; with two
-#   products queued there is less left to order. That is a reading, not a measurement. `cuda/fa3_forward` gained 15%
-#   from turns in its first version and 2 to 3% later (`cuda/LOG.md`): what a technique is worth depends on what is
-#   already there.
+#   they add up. The timeline below rules out the obvious reason: nobody waits for a turn. What it is, was not found
+#   out. `cuda/fa3_forward` gained 15% from turns in its first version and 2 to 3% later (`cuda/LOG.md`): what a
+#   technique is worth depends on what is already there.
 # - **176 keys instead of 128** amortise the fixed waits of a step over more work. The official kernel does that.
+
+# %% [markdown]
+# ## On the H100
+#
+# **Predict** the last three rows for chapter 9, from chapter 8's.
+
+# %%
+my_prediction_own, my_prediction_clocks = None, None
+hopper.show_gpu_timeline(8, 9)
+
+# %% [markdown]
+# The overlap is there: while a consumer is in its softmax, its own P V runs, and most of the time the other's turn
+# too. S is there when it is asked for. And yet a step is only a few percent shorter, because the time has moved: the
+# softmax is still as long, rescaling and rounding now stand alone behind it, where nothing of this consumer's runs,
+# and issuing two products at once holds the warpgroup: the second is taken when the first is nearly done. The tensor
+# cores need 2048 clocks for a step; the last row says how far that is.
 #
 # ## From here to the kernel one would ship
 #
@@ -274,16 +289,11 @@ for pair in (
 # | a block of threads takes tile after tile | the next tile is loaded while this one's output is stored |
 # | exponentials first, with the old maximum; again if too large | no maximum at the head of the chain |
 # | two steps of the loop written out | P changes buffers without copies, and can be rounded before the wait |
-# | only one consumer asks the mbarriers | the other's turn says the same |
+# | only one consumer asks the mbarriers | the other's turn says the same; asking costs 60 clocks |
 # | tiles in an order that keeps K and V in L2 | matters for causal masks |
 #
-# None of them is a new idea about attention. They are what is left when the schedule is right.
-#
-# ## On the H100
-
-# %%
-hopper.show_gpu_timeline(8)
-hopper.show_gpu_timeline(9)
+# None of them is a new idea about attention. They are what is left when the schedule is right. Two of them go at just
+# what the timeline shows: rounding P before the wait, and a shorter chain in front of the exponentials.
 
 # %% [markdown]
 # ## The difference, line by line

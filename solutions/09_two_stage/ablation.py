@@ -56,20 +56,6 @@ _DEFERRED = (
 )
 _ASK_K = "        mbarrier_wait(&shared.k_full[slot], parity, K_FULL, n);\n        named_barrier_sync"
 _ASK_V = "        mbarrier_wait(&shared.v_full[slot_v], parity_v, V_FULL, n);\n        issue_pv"
-_PRODUCER = (
-    "    for (int n = 0; n < tile.key_blocks; ++n) {\n"
-    "        const int slot = n % kStages, parity = n / kStages & 1, first_key = (tile.key_blocks - 1 - n) * kBlockK;\n"
-)
-_PLACE = (
-    "    int slot, parity, first_key;\n"
-    "    auto place = [&](int n) {\n"
-    "        slot = n % kStages, parity = n / kStages & 1, first_key = (tile.key_blocks - 1 - n) * kBlockK;\n"
-    "    };\n"
-    "    for (int n = 0; n <= tile.key_blocks; ++n) {\n"
-    "        if (n < tile.key_blocks) {\n"
-    "        place(n);\n"
-)
-_LOAD_V = "        mbarrier_wait(&shared.v_empty[slot], parity ^ 1, V_EMPTY, n);\n"
 VARIANTS = {  # name -> (title, text to replace and its replacement, in pairs)
     "warp_specialised:deferred": ("7, waits for P V together with the next S", _DEFERRED),
     "pingpong:deferred": ("8, waits for P V together with the next S", _DEFERRED),
@@ -94,11 +80,6 @@ VARIANTS = {  # name -> (title, text to replace and its replacement, in pairs)
             (ask, ask.replace("        mbarrier", "        if (consumer == 0) mbarrier")) for ask in (_ASK_K, _ASK_V)
         ),
     ),
-    "fa3:k_ahead": (
-        "9, the next K loaded before V",
-        ((_PRODUCER, _PLACE), (_LOAD_V, "        }\n        if (n == 0) continue;\n        place(n - 1);\n" + _LOAD_V)),
-    ),
-    "fa3:3_slots": ("9, three slots for K and V", ()),
     "fa3:176": ("9, blocks of 176 keys", ()),
     "two_stage_unspecialised:no_pin": ("two stages, no specialisation, not pinned", ((_PIN, ""),)),
 }
@@ -130,9 +111,8 @@ def host(name: str) -> AttentionKernel:
     module = load_file(ROOT / "solutions" / KERNELS[kernel][1])
     if change == "176":
         module.BLOCK_K = 176  # which shared_bytes reads
-    elif change == "3_slots":
-        module.STAGES = 3
-    return dataclasses.replace(module.KERNEL, block_k=module.BLOCK_K, stages=getattr(module, "STAGES", 1))
+        return dataclasses.replace(module.KERNEL, block_k=176)
+    return module.KERNEL
 
 
 def source(name: str) -> Path:
