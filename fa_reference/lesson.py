@@ -2,6 +2,7 @@
 
 import difflib
 import html
+from collections.abc import Collection
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -20,6 +21,11 @@ COLOURS = {
     "fa1_triton": "#E69F00",
     "fa2": "#0072B2",
     "fa2_triton": "#0072B2",
+    "fa2_cuda": "#999933",
+    "one_warpgroup": "#DDCC77",
+    "warp_specialised": "#CC6677",
+    "pingpong": "#AA4499",
+    "two_stage": "#117733",
     "math": "#000000",
     "torch_fa2": "#56B4E9",
     "cudnn": "#009E73",
@@ -68,12 +74,9 @@ def style() -> None:
     plt.switch_backend(plt.get_backend())  # loads it, so that a notebook shows figures made outside of pyplot, too
 
 
-def recorded(kind: str) -> dict[str, Any] | None:
-    """The newest recorded results of a kind ("forward", "hbm_bytes", ...) in results/; None if there are none.
-
-    Complete runs come first, then the latest day, then the run with the most shapes.
-    """
-    found = newest(kind)
+def recorded(kind: str, columns: Collection[str] = ()) -> dict[str, Any] | None:
+    """The newest recorded results of a kind ("forward", "hbm_bytes", ...) with these columns, or None."""
+    found = newest(kind, columns=columns)
     return found[1] if found else None
 
 

@@ -502,8 +502,8 @@ fig.tight_layout()
 # These are recorded results of `make bench`, with the device and the date they come from.
 
 # %%
-record = recorded("forward")
 columns = ("naive", "explicit", "math", "torch_fa2")
+record = recorded("forward", columns)
 if record is None:
     print("Not recorded yet. On a machine with an NVIDIA GPU, `make bench` measures and records it.")
 else:

@@ -381,8 +381,8 @@ for passes, moved in sizes.items():
 # memory, not time.
 
 # %%
-record = recorded("forward")
 columns = ("naive", "online_softmax", "explicit", "torch_fa2")
+record = recorded("forward", columns)
 
 
 def print_times(record, group, causal):

@@ -110,7 +110,7 @@ print(f"sum: {naive_memory.traffic_bytes:,} bytes; formula of chapter 1: {naive_
 
 def recorded_table(columns, head_dim=64, causal=False):
     """Print recorded TFLOP/s of some versions on the paper's shapes."""
-    record = lesson.recorded("forward")
+    record = lesson.recorded("forward", columns)
     if record is None:
         print("Not recorded yet: results/ holds no forward benchmark. `make bench` on a GPU makes one.")
         return

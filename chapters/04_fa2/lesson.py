@@ -73,7 +73,7 @@ for name in ("Q", "K", "V", "O", "l", "m"):
 
 def recorded_speed(columns, head_dim, causal, lengths=(2048, 4096, 8192, 16384)):
     """Print recorded TFLOP/s of some versions on the paper's shapes."""
-    record = lesson.recorded("forward")
+    record = lesson.recorded("forward", columns)
     if record is None:
         print("Not recorded yet: results/ holds no forward benchmark. `make bench` on a GPU makes one.")
         return
@@ -538,7 +538,7 @@ for head_dim in (64, 128):
 # What the ratio is, if it was recorded:
 
 # %%
-record = lesson.recorded("forward")
+record = lesson.recorded("forward", ["fa2_triton", "torch_fa2"])
 if record is None:
     print("Not recorded yet.")
 else:

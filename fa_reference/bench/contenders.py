@@ -4,17 +4,22 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from fa_reference.bench.grid import DTYPES, Cell
-from fa_reference.versions import VERSIONS, Version, find_version, load_version
+from fa_reference.fp8.schemes import BOTH, attend
+from fa_reference.versions import VERSIONS, Version, find_version, load_file
 
 Output = tuple[Tensor, Tensor | None]
 # bind(q, k, v, causal) does what must not be timed, and returns the launch and a remark for the record.
 Bind = Callable[[Tensor, Tensor, Tensor, bool], tuple[Callable[[], Output], str]]
+
+# Versions that take codes and scales. Raced only if named: their error is another matter, and so is their baseline.
+QUANTISED = {"fp8": Version("fp8", 10, "fp8.py", "FP8, codes given", ("cuda",), ("bfloat16",), (128,), hopper=True)}
 
 
 @dataclass(frozen=True)
@@ -30,6 +35,8 @@ class Contender:
     mask_top_left: bool = False  # torch's is_causal: the same as the course's mask only where len_q == len_k
     chapter: int | None = None
     file: str | None = None
+    baseline: Callable[..., tuple[Tensor, Tensor]] | None = None
+    """What its error is held to, called like gold_attention, if not to plain attention in the input's dtype."""
 
     @property
     def graded(self) -> bool:
@@ -53,7 +60,8 @@ class Contender:
 
 def _bind_version(version: Version, root: Path | None) -> Bind:
     try:
-        forward = load_version(version.name, root).forward
+        module = load_file((root and find_version(version, root)) or version.home / version.file)
+        forward = module.forward
     except (Exception, SystemExit) as error:
         message = f"{version.file} does not load: {type(error).__name__}: {error}"
 
@@ -65,7 +73,11 @@ def _bind_version(version: Version, root: Path | None) -> Bind:
     def bind(q: Tensor, k: Tensor, v: Tensor, causal: bool) -> tuple[Callable[[], Output], str]:
         return lambda: forward(q, k, v, causal=causal), ""
 
-    return bind
+    def bind_codes(q: Tensor, k: Tensor, v: Tensor, causal: bool) -> tuple[Callable[[], Output], str]:
+        codes = module.quantised(q, k, v)
+        return lambda: module.forward_fp8(**codes, causal=causal), "attention alone: rotated and quantised before"
+
+    return bind_codes if version.name in QUANTISED else bind
 
 
 def _contender(version: Version, root: Path | None) -> Contender:
@@ -79,6 +91,7 @@ def _contender(version: Version, root: Path | None) -> Contender:
         head_dims=version.head_dims,
         chapter=version.chapter,
         file=version.file,
+        baseline=partial(attend, BOTH) if version.name in QUANTISED else None,
     )
 
 
@@ -91,12 +104,14 @@ def course_contenders(
 ) -> tuple[list[Contender], list[str]]:
     """(contenders, remarks): versions that run on `device`, those of `impl` after each solution.
 
-    `names` restricts them; "mine:name" names the learner's alone. Raises ValueError for a name that does not exist
+    `names` restricts them (QUANTISED ones run only if named); "mine:name" names the learner's alone. Raises ValueError for a name that does not exist
     or when `impl` holds no version that could run.
     """
     wanted = set(names)
-    runnable = {name: v for name, v in VERSIONS.items() if device in v.devices and not (v.hopper and _not_hopper())}
-    known = set(VERSIONS) | ({f"mine:{name}" for name in VERSIONS} if impl else set())
+    versions = VERSIONS | {name: v for name, v in QUANTISED.items() if wanted & {name, f"mine:{name}"}}
+    runnable = {name: v for name, v in versions.items() if device in v.devices and not (v.hopper and _not_hopper())}
+    named = {*VERSIONS, *QUANTISED}
+    known = named | ({f"mine:{name}" for name in named} if impl else set())
     if unknown := wanted - known:
         raise ValueError(
             f"versions: {', '.join(sorted(unknown))} unknown; allowed: {', '.join(sorted(known))}"
@@ -104,12 +119,12 @@ def course_contenders(
         )
     contenders: list[Contender] = []
     remarks: list[str] = []
-    for name in VERSIONS:
+    for name in versions:
         mine = f"mine:{name}"
         if wanted and not wanted & {name, mine}:
             continue
         if name not in runnable:
-            where = "a GPU other than Hopper" if VERSIONS[name].hopper and device == "cuda" else device
+            where = "a GPU other than Hopper" if versions[name].hopper and device == "cuda" else device
             remarks.append(f"{name} is left out: it does not run on {where}")
             continue
         version = runnable[name]

@@ -10,6 +10,7 @@ import re
 import subprocess
 import sys
 import tempfile
+from collections.abc import Collection
 from pathlib import Path
 
 from fa_reference.course import ROOT
@@ -158,15 +159,19 @@ def load(path: Path) -> dict:
     return record
 
 
-def newest(kind: str, folder: Path | None = None) -> tuple[Path, dict] | None:
-    """The newest recorded run of a kind: complete runs first, then those with the most shapes on the newest day."""
+def newest(kind: str, folder: Path | None = None, columns: Collection[str] = ()) -> tuple[Path, dict] | None:
+    """The newest recorded run of a kind that has all these columns.
+
+    Complete runs come first, then the latest day, then the run with the most shapes.
+    """
     found = []
     for path in (RESULTS if folder is None else folder).glob(f"{kind}_*.json"):
         try:
             record = load(path)
         except ValueError:
             continue
-        if record["kind"] == kind:
+        names = {column["name"] for column in record["columns"]}
+        if record["kind"] == kind and names.issuperset(columns):
             date = record["provenance"]["date"]
             found.append(((record["complete"], date[:10], len(record["cells"]), date), path, record))
     if not found:

@@ -95,19 +95,28 @@ def run_cell(race: Race, cell: Cell) -> dict:
     ready, failure = _attempt(race, "making inputs and float64 gold", prepare)
     if failure is not None:
         return cell.to_json() | {"results": {c.name: dict(failure) for c in race.contenders}}
+    inputs, usual = ready
+    yardsticks = {None: usual}
+
+    def yardstick(contender: Contender) -> Yardstick:
+        if contender.baseline not in yardsticks:
+            of = Yardstick.of(*inputs, causal=cell.causal, baseline=contender.baseline)
+            yardsticks[contender.baseline] = of
+        return yardsticks[contender.baseline]
+
     results: dict[str, dict] = {}
     columns: list[Column] = []
     for contender in race.contenders:
         if reason := contender.refuses(cell):
             results[contender.name] = {"status": "n/a", "message": reason}
             continue
-        made, failure = _attempt(race, contender.name, lambda c=contender: _enter(race, cell, c, *ready))
+        made, failure = _attempt(race, contender.name, lambda c=contender: _enter(race, cell, c, inputs, yardstick(c)))
         results[contender.name], column = made or (failure, None)
         columns += [column] if column is not None else []
     retries = _allocator_retries(race.device)
     _time(race, columns, results)
     clocks = _clocks(race) | {"allocator_retries": _allocator_retries(race.device) - retries}
-    _check_again(race, columns, results, *ready)
+    _check_again(race, columns, results, inputs, yardstick)
     for column in columns:
         _add_times(results[column.name], column, cell, race)
     return cell.to_json() | {"results": results} | clocks
@@ -147,14 +156,19 @@ def _time(race: Race, columns: list[Column], results: dict[str, dict]) -> None:
 
 
 def _check_again(
-    race: Race, columns: list[Column], results: dict[str, dict], inputs: Inputs, yardstick: Yardstick
+    race: Race,
+    columns: list[Column],
+    results: dict[str, dict],
+    inputs: Inputs,
+    yardstick: Callable[[Contender], Yardstick],
 ) -> None:
     """Judge one more launch after all those timed: a race between threads may show only now and then."""
-    graded = {c.name for c in race.contenders if c.graded}
+    graded = {c.name: yardstick(c) for c in race.contenders if c.graded and results[c.name]["status"] == "ok"}
     for column in columns:
-        if column.name not in graded or results[column.name]["status"] != "ok":
+        if column.name not in graded:
             continue
-        report, failure = _attempt(race, column.name, lambda c=column: run_checked(c.launch, inputs, yardstick))
+        held_to = graded[column.name]
+        report, failure = _attempt(race, column.name, lambda c=column, y=held_to: run_checked(c.launch, inputs, y))
         if failure is not None:
             results[column.name] = failure
         elif not report.passed:
