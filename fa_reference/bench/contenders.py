@@ -104,7 +104,8 @@ def course_contenders(
 ) -> tuple[list[Contender], list[str]]:
     """(contenders, remarks): versions that run on `device`, those of `impl` after each solution.
 
-    `names` restricts them (QUANTISED ones run only if named); "mine:name" names the learner's alone. Raises ValueError for a name that does not exist
+    `names` restricts them, and adds those of QUANTISED that it names; "mine:name" names the learner's alone. Raises
+    ValueError for a name that does not exist
     or when `impl` holds no version that could run.
     """
     wanted = set(names)

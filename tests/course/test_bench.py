@@ -5,6 +5,7 @@ import io
 import json
 import random
 import subprocess
+from functools import partial
 
 import pytest
 import torch
@@ -16,6 +17,7 @@ from fa_reference.bench.check import make_inputs, run_checked
 from fa_reference.bench.contenders import Contender, course_contenders
 from fa_reference.bench.run import DeviceLost, Race, run_cell, run_cells
 from fa_reference.error_rule import Yardstick
+from fa_reference.fp8 import schemes
 from fa_reference.gold import baseline_attention
 from fa_reference.versions import load_version
 
@@ -155,6 +157,25 @@ def test_right_is_timed_wrong_is_wrong_and_a_peer_is_only_flagged():
     assert bad["status"] == "wrong" and "WRONG" in bad["message"] and bad["error"]["ratio"] > 1
     assert not {"median_ms", "samples_ms", "tflops"} & set(bad)
     assert peer["status"] == "ok" and peer["flagged"] and peer["tflops"] > 0
+
+
+def test_fp8_is_held_to_a_baseline_of_its_own_and_raced_only_by_name():
+    def emulated(q, k, v, causal):
+        return schemes.attend(schemes.BOTH, q, k, v, causal=causal)
+
+    baseline = partial(schemes.attend, schemes.BOTH)
+    columns = [contender("fp8", emulated, baseline=baseline), contender("as bf16", emulated), contender("bf16", right)]
+    columns.append(contender("zeros", lambda q, k, v, causal: (0 * q, right(q, k, v, causal)[1]), baseline=baseline))
+    results = run_cell(race(*columns), SMALL)["results"]
+    assert {name: result["status"] for name, result in results.items()} == {
+        "fp8": "ok",
+        "as bf16": "wrong",
+        "bf16": "ok",
+        "zeros": "wrong",
+    }
+    assert all(c.baseline is None for c in course_contenders("cuda")[0])
+    contenders, remarks = course_contenders("cuda", ["fp8"])
+    assert [c.baseline is not None for c in contenders] == [True] or "fp8 is left out" in remarks[0]
 
 
 def test_what_is_wrong_only_after_the_timed_launches_gets_no_speed():
