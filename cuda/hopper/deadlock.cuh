@@ -23,40 +23,48 @@ __device__ __forceinline__ u64 global_nanoseconds() {
     return now;
 }
 
+// The first one to come writes down who it is and what it met with.
+__device__ __forceinline__ void record_deadlock(u32 name, u32 parity, u32 iteration) {
+    if (atomicCAS(&fa_deadlock_record.set, 0u, 1u) != 0u) return;
+    fa_deadlock_record.block = blockIdx.x;
+    fa_deadlock_record.thread = threadIdx.x;
+    fa_deadlock_record.name = name;
+    fa_deadlock_record.parity = parity;
+    fa_deadlock_record.iteration = iteration;
+    __threadfence();
+}
+
 template <class Done>
 __device__ __forceinline__ void bounded_wait(Done done, u32 name, u32 parity, u32 iteration) {
     const u64 deadline = global_nanoseconds() + FA_DEBUG_WAIT_NS;
     while (!done()) {
         if (*reinterpret_cast<volatile u32*>(&fa_deadlock_record.set) != 0) return;  // somebody else gave up
         if (global_nanoseconds() < deadline) continue;
-        if (atomicCAS(&fa_deadlock_record.set, 0u, 1u) == 0u) {
-            fa_deadlock_record.block = blockIdx.x;
-            fa_deadlock_record.thread = threadIdx.x;
-            fa_deadlock_record.name = name;
-            fa_deadlock_record.parity = parity;
-            fa_deadlock_record.iteration = iteration;
-            __threadfence();
-        }
+        record_deadlock(name, parity, iteration);
         return;
     }
 }
 
-// Arrivals at each named barrier so far; mbarrier_init_fence clears them.
-__shared__ u32 fa_debug_arrivals[16];
+// Of each named barrier: arrivals so far, and the number of threads that it was first used with. mbarrier_init_fence
+// clears them.
+__shared__ u32 fa_debug_arrivals[16], fa_debug_threads[16];
 constexpr u32 kDebugNamedBarrier = 256;  // in the record: 256 + number of a named barrier
+constexpr u32 kDebugCounts = 512;        // in the record: 512 + number of one that is used with two different counts
 
 __device__ __forceinline__ void debug_clear_named_barriers() {
-    for (int i = 0; i < 16; ++i) fa_debug_arrivals[i] = 0;
+    for (int i = 0; i < 16; ++i) fa_debug_arrivals[i] = fa_debug_threads[i] = 0;
 }
 
-__device__ __forceinline__ u32 debug_arrive(u32 barrier) {
+__device__ __forceinline__ u32 debug_arrive(u32 barrier, u32 threads) {
+    const u32 first = atomicCAS(&fa_debug_threads[barrier], 0u, threads);
+    if (first != 0 && first != threads) record_deadlock(kDebugCounts + barrier, first, threads);
     __threadfence_block();
     return atomicAdd(&fa_debug_arrivals[barrier], 1u);
 }
 
 // Opens when a multiple of `threads` is reached that includes this thread's own arrival.
 __device__ __forceinline__ void debug_sync(u32 barrier, u32 threads) {
-    const u32 opening = debug_arrive(barrier) / threads;
+    const u32 opening = debug_arrive(barrier, threads) / threads;
     const volatile u32* arrivals = &fa_debug_arrivals[barrier];
     const u32 enough = (opening + 1) * threads;
     bounded_wait([&] { return *arrivals >= enough; }, kDebugNamedBarrier + barrier, opening & 1, opening);

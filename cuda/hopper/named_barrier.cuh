@@ -20,7 +20,7 @@ __device__ __forceinline__ void named_barrier_sync(u32 barrier, u32 threads) {
 
 __device__ __forceinline__ void named_barrier_arrive(u32 barrier, u32 threads) {
 #ifdef FA_DEBUG
-    debug_arrive(barrier);
+    debug_arrive(barrier, threads);
 #else
     asm volatile("barrier.arrive.aligned %0, %1;" ::"r"(barrier), "r"(threads) : "memory");
 #endif

@@ -9,7 +9,8 @@ import torch
 from fa_reference.kernels.compile import CompiledKernel
 from fa_reference.kernels.errors import KernelDeadlock, KernelUnavailable
 
-NAMED_BARRIER = 256  # in the record of a deadlock: added to the number of a named barrier (cuda/hopper/deadlock.cuh)
+# In the record of a deadlock, added to the number of a named barrier (cuda/hopper/deadlock.cuh).
+NAMED_BARRIER, TWO_COUNTS = 256, 512
 
 
 def _driver():
@@ -120,6 +121,11 @@ class LoadedKernel:
         if not happened:
             return
         who = f"block {block}, warpgroup {thread // 128}, warp {thread % 128 // 32}, lane {thread % 32}"
+        if barrier >= TWO_COUNTS:
+            raise KernelDeadlock(
+                f"{self.name}: {who} came to named barrier {barrier - TWO_COUNTS} with a count of {iteration} threads, "
+                f"others with {parity}. All who sync or arrive at a barrier must give the same count, or it never opens"
+            )
         if barrier >= NAMED_BARRIER:
             number = barrier - NAMED_BARRIER
             what = f"at named barrier {number} for its opening number {iteration + 1}, and too few threads came"
