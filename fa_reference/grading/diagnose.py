@@ -41,16 +41,20 @@ class Problem:
         offset: int | None = None,
         masked: bool = True,
         numbered_from_0: int | None = None,
+        mask: Tensor | None = None,
         keys: slice = slice(None),
         zero_keys: int = 0,
         kv: list[Tensor] | None = None,
     ) -> tuple[Tensor, Tensor]:
         """(o, lse) with chosen mistakes: another scale or causal offset, a causal mask that numbers the keys of
-        every block of `numbered_from_0` from 0, fewer keys, `zero_keys` extra keys of score 0.
+        every block of `numbered_from_0` from 0, another `mask` (True: seen), fewer keys, `zero_keys` extra keys of
+        score 0.
         """
         k, v = kv or (self.k, self.v)
         scores = self.q @ k.mT * (self.scale if scale is None else scale)
-        if self.causal and masked:
+        if mask is not None:
+            scores = scores.masked_fill(~mask, -torch.inf)
+        elif self.causal and masked:
             offset = self.len_k - self.len_q if offset is None else offset
             i = torch.arange(self.len_q)[:, None]
             j = torch.arange(self.len_k)[None, :] % (numbered_from_0 or max(1, self.len_k))
@@ -60,6 +64,32 @@ class Problem:
             scores = torch.nn.functional.pad(scores, (0, zero_keys))
             v = torch.nn.functional.pad(v, (0, 0, 0, zero_keys))
         return softmax_times_values(scores, v)
+
+    def mask_by_blocks(self, block_q: int, block_k: int, wrong: str) -> Tensor:
+        """The causal mask (True: seen) of a kernel that skips blocks and masks only where needed, done wrong.
+
+        "top-left" forgets len_k - len_q; "rows from 0" and "keys from 0" number them from 0 in every block that is
+        masked; "last block" masks only the last block that is visited; "last row" leaves a block unmasked if the last
+        row sees all of it.
+        """
+        true = visible(range(self.len_q), self.len_q, self.len_k)
+        mask, gap = torch.zeros_like(true), self.len_k - self.len_q
+        for r in range(0, self.len_q, block_q):
+            columns = [c for c in range(0, self.len_k, block_k) if true[r : r + block_q, c : c + block_k].any()]
+            for c in columns:
+                part = true[r : r + block_q, c : c + block_k]
+                i, j = torch.arange(part.shape[0])[:, None], torch.arange(part.shape[1])
+                whole = wrong == "last row" and part[-1].all() and part.shape[1] == block_k
+                if whole or wrong == "last block" and c != columns[-1]:
+                    part = torch.ones_like(part)
+                elif wrong == "top-left" and not part.all():
+                    part = j + c <= i + r
+                elif wrong == "rows from 0" and not part.all():
+                    part = j + c <= i + gap
+                elif wrong == "keys from 0" and not part.all():
+                    part = j <= i + r + gap
+                mask[r : r + block_q, c : c + block_k] = part
+        return mask
 
     def undivided(self) -> Tensor:
         """o without its division: the sum of exp(S - m) V, with m the row's maximum."""
@@ -127,6 +157,7 @@ def suspects(p: Problem) -> Iterator[Suspect]:
             yield words, lambda: p.attention(offset=-gap)
         yield "the causal mask is off by one: the diagonal is hidden too", lambda: p.attention(offset=gap - 1)
         yield "the causal mask is off by one: one key of the future is seen", lambda: p.attention(offset=gap + 1)
+        yield from _masks_by_blocks(p)
     if p.heads_kv > 1 and p.heads_kv < p.q.shape[1]:
         yield (
             "query heads read the wrong KV head: query head h belongs to KV head h // (heads_q / heads_kv)",
@@ -171,6 +202,19 @@ def suspects(p: Problem) -> Iterator[Suspect]:
     if p.len_k > 0:
         yield "O is not divided by the row sum l", lambda: (p.undivided(), None)
     yield "the last key is missing", lambda: p.attention(keys=slice(p.len_k - 1))
+
+
+def _masks_by_blocks(p: Problem) -> Iterator[Suspect]:
+    for wrong, words in (
+        ("top-left", "the causal mask is aligned top-left (j <= i) in the blocks that are masked"),
+        ("rows from 0", "the causal mask numbers the queries from 0 in every block: add the block's first query"),
+        ("keys from 0", "the causal mask numbers the keys from 0 in every block: add the block's first key"),
+        ("last block", "only the last block of keys is masked: the diagonal may cross several"),
+        ("last row", "a block that only its last query sees whole is not masked: the first query decides"),
+    ):
+        for block_q in (b for b in BLOCKS if b < 2 * p.len_q):
+            for block_k in (b for b in BLOCKS if b < 2 * p.len_k):
+                yield words, lambda bq=block_q, bk=block_k, w=wrong: p.attention(mask=p.mask_by_blocks(bq, bk, w))
 
 
 def _distance(x: Tensor, y: Tensor) -> float:
@@ -255,8 +299,9 @@ def diagnose(
     best, named = off / CLOSER, None
     for name, compute in suspects(problem):
         wrong_o, _ = compute()
-        if _distance(wrong_o, gold_o) * 2 > off / 2 and _distance(o, wrong_o) < best:
-            best, named = _distance(o, wrong_o), name
+        distance = _distance(o, wrong_o)
+        if _distance(wrong_o, gold_o) * 2 > off / 2 and distance < best:
+            best, named = distance / 2, name  # of two that fit equally well, the first
     if named is None:
         return _where_it_grows(o, gold_o)
     return f"seen: {named}" if named == ZEROS else f"likely bug: {named}"

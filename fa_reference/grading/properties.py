@@ -86,7 +86,8 @@ def attention(
         except (NotWritten, CannotRun):
             raise
         except CheckFailed as failure:
-            raise CheckFailed(f"{failure}\nsmallest failing case: {case}") from None
+            about = f"\nthis check is about: {bug}" if bug and "killed by" in str(failure) else ""
+            raise CheckFailed(f"{failure}{about}\nsmallest failing case: {case}") from None
         judged(o, lse, (q, k, v), case, bug)
 
 

@@ -47,7 +47,7 @@ class Forbid(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
 
-def _poison_new_tensors() -> None:
+def poison_new_tensors() -> None:
     """Fill what torch.empty and its relatives return with NaN: an element that is never written shows."""
 
     def poisoned(make: Any) -> Any:
@@ -175,7 +175,7 @@ def _shares_input(value: Any, args: list[Any]) -> bool:
 
 def serve(connection: Connection, folder: Path, device: str) -> None:
     """The forked child's life: answer requests until the connection closes."""
-    _poison_new_tensors()
+    poison_new_tensors()
     child = Child(folder, device)
     while True:
         try:
