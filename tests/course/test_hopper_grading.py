@@ -1,0 +1,109 @@
+"""Grading Hopper kernels: what is read from machine code, what a deadlock says, and how a report tells ways of grading.
+
+Synthetic machine code stands for kernels here; tests/course/mutants/ has real ones.
+"""
+
+import io
+
+import pytest
+from rich.console import Console
+
+from fa_reference.course import chapter
+from fa_reference.grading import CheckFailed, hopper
+from fa_reference.grading.cuda import Built
+from fa_reference.grading.report import COMPILED, NOT_GRADED, PASSED, Outcome, Report
+from fa_reference.kernels import KernelDeadlock, LoadedKernel
+from fa_reference.kernels.build_log import Resources
+
+PRODUCER = ["USETMAXREG.DEALLOC.CTAPOOL 0x18", "SYNCS.ARRIVE.TRANS64 RZ, [UR9], R0", "UTMALDG.5D [UR8], [UR6]", "EXIT"]
+CONSUMERS = [
+    "USETMAXREG.TRY_ALLOC.CTAPOOL UP0, 0xf0",
+    "BAR.SYNC.DEFER_BLOCKING R2, 0x100",
+    "HGMMA.64x128x16.F32.BF16 R24, gdesc[UR8], RZ, !UPT",
+    "HGMMA.64x128x16.F32.BF16 R88, R24, gdesc[UR8].tnspB, R88",
+    "BAR.ARV R6, 0x100",
+    "WARPGROUP.DEPBAR.LE gsb0, 0x1",
+    "MUFU.EX2 R24, R24",
+    "@P0 MUFU.EX2 R25, R25",
+    "WARPGROUP.DEPBAR.LE gsb0, 0x0",
+    "EXIT",
+]
+
+
+def built(*lines: str, registers: int = 168) -> Built:
+    return Built("k.cu", Resources(registers, 0, 0, 0, 0, 0), lines)
+
+
+GOOD = built(*CONSUMERS, *PRODUCER)
+
+
+def test_a_kernel_with_everything_passes():
+    hopper.registers_add_up(GOOD, 384)
+    hopper.specialised(GOOD)
+    hopper.turns(GOOD, 1, 1)
+    hopper.overlaps(GOOD, 2)
+    hopper.specialised(built(*PRODUCER, *CONSUMERS))
+
+
+@pytest.mark.parametrize(
+    ("lines", "check", "words"),
+    [
+        ([*CONSUMERS, PRODUCER[2], *PRODUCER], hopper.specialised, "1 TMA loads stand in the consumers' part"),
+        ([*CONSUMERS, *PRODUCER, CONSUMERS[2]], hopper.specialised, "1 wgmma stand in the producer's part"),
+        ([*CONSUMERS, PRODUCER[0]], hopper.specialised, "no TMA load"),
+        ([CONSUMERS[0], *PRODUCER], hopper.specialised, "no wgmma"),
+        (CONSUMERS, hopper.specialised, "1 setmaxnreg instructions"),
+        ([*CONSUMERS[:1], *CONSUMERS[2:], *PRODUCER], lambda b: hopper.turns(b, 1, 1), "named_barrier_sync"),
+        ([*CONSUMERS[:4], *CONSUMERS[5:], *PRODUCER], lambda b: hopper.turns(b, 1, 1), "named_barrier_arrive"),
+        ([*CONSUMERS, *PRODUCER], lambda b: hopper.overlaps(b, 3), "only 2 of 3 exponentials"),
+        ([*CONSUMERS[:5], *CONSUMERS[6:], *PRODUCER], lambda b: hopper.overlaps(b, 2), "never waits for S alone"),
+        ([*CONSUMERS, *PRODUCER], lambda b: hopper.registers_add_up(b, 512), "waits for ever"),
+        ([*CONSUMERS], lambda b: hopper.registers_add_up(b, 384), "one warpgroup keeps 168"),
+        ([*PRODUCER], lambda b: hopper.products_of(b, GOOD), "0 wgmma in k.cu, 2 in the solution"),
+    ],
+)
+def test_what_is_missing_is_named(lines, check, words):
+    with pytest.raises(CheckFailed, match=words.replace("(", r"\(")):
+        check(built(*lines))
+
+
+@pytest.mark.parametrize(
+    ("record", "words"),
+    [
+        (
+            (1, 7, 129, 1, 0, 2),
+            "block 7, warpgroup 1, warp 0, lane 1 waited for barrier k_full .* parity 0 .iteration 2",
+        ),
+        (
+            (1, 0, 256, 257, 0, 0),
+            "warpgroup 2, .* waited at named barrier 1 for its opening number 1, and too few threads",
+        ),
+        ((1, 0, 256, 514, 256, 128), "named barrier 2 with a count of 128 threads, others with 256"),
+    ],
+)
+def test_a_deadlock_says_who_waits_for_what(record, words):
+    kernel = LoadedKernel.__new__(LoadedKernel)
+    kernel.name = "attention"
+    kernel.read_global = lambda name, count: list(record)
+    with pytest.raises(KernelDeadlock, match=words):
+        kernel.check_deadlock(("q_full", "k_full"))
+    kernel.read_global = lambda name, count: [0] * 6
+    kernel.check_deadlock(("q_full", "k_full"))
+
+
+def test_compiled_run_and_not_graded_are_told_apart():
+    page = io.StringIO()
+    report = Report(chapter(1), chapter(1).room, "your files", console=Console(file=page, width=200))
+    gpu = "NVIDIA H100 80GB HBM3"
+    report.add(Outcome("compiles", "k.cu", 1, PASSED, how=COMPILED))
+    report.add(Outcome("arithmetic", "k.cu", 1, PASSED))
+    report.add(Outcome("speed", "k.cu", 2, PASSED, message="631 TFLOP/s", how=gpu))
+    report.add(Outcome("numbers", "k.cu", 3, NOT_GRADED, "no Hopper GPU", how=""))
+    report.finish()
+    text = page.getvalue()
+    assert "compiles  1/1  compiled, not run" in text and f"speed  2/2  {gpu}" in text and "631 TFLOP/s" in text
+    assert "arithmetic  1/1\n" in text and "not graded here (no Hopper GPU)" in text
+    assert (
+        f"1 by their machine code alone (which says nothing about right numbers), 1 on this CPU, 1 on the {gpu}" in text
+    )
+    assert [check["how"] for check in report.as_dict()["checks"]] == ["compiled", "CPU", gpu, ""]
