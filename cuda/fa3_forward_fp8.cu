@@ -37,6 +37,7 @@ constexpr bool kTurnsValues = FA_TURNS_VALUES;  // V comes as (keys, head_dim) a
 constexpr bool kPingpong = FA_PINGPONG;
 constexpr bool kTwoLevel = FA_TWO_LEVEL;        // sum each block's P V from zero, and the blocks in true fp32
 constexpr int kPolynomial = FA_POLYNOMIAL;      // of eight exponentials this many by polynomial
+constexpr bool kDirectStore = FA_DIRECT_STORE;  // of O, registers -> global memory, not through shared memory and TMA
 constexpr int kProducerRegisters = FA_PRODUCER_REGISTERS, kConsumerRegisters = FA_CONSUMER_REGISTERS;
 
 constexpr int kBlockQ = 64 * kConsumers;
@@ -47,12 +48,19 @@ constexpr int kSpan = kHeadDim < 128 ? kHeadDim : 128;                          
 constexpr int kTurnedSpan = kBlockK % 128 == 0 ? 128 : kBlockK % 64 == 0 ? 64 : 32;          // of V^T: bytes = keys
 constexpr int kColumnBlocks = kTurnsValues ? 0 : kBlockK / kTurnedSpan;
 constexpr int kGroup = kTurnedSpan, kGroups = kBlockK / kGroup;  // keys of a block that surely have one scale
+constexpr int kOutputColumns = kHeadDim < 128 ? kHeadDim : 128;  // of O that are on their way out at a time
 constexpr int kTurningThreads = 96;
+constexpr int kTurnedAtOnce = kProducerRegisters >= 40 ? 4 : 2;  // pieces of V in registers
 constexpr float kOffset = 5.0f;
+#ifndef FA_MIXED
+#define FA_MIXED 4
+#endif
+constexpr int kMixed = FA_MIXED;
 
 // Names of the barriers in the debug build's deadlock record; fa3_forward_fp8.py has the same list.
 enum BarrierName { Q_FULL, Q_EMPTY, K_FULL, K_EMPTY, V_FULL, V_EMPTY, TURNED_FULL, TURNED_EMPTY };
 constexpr u32 kTurnBarrier = 1;  // named barriers 1 .. kConsumers: the turn of consumer 0, 1, ...
+constexpr u32 kOutputBarrier = kTurnBarrier + kConsumers;  // as many again: consumer 0, 1, ... with itself
 
 #include "attention_tiles.cuh"
 
@@ -68,6 +76,7 @@ struct Shared {
     alignas(1024) u8 k[kStages][kBlockK * kHeadDim];
     alignas(1024) u8 v[kStages][kBlockK * kHeadDim];  // as it came
     alignas(1024) u8 turned[kTurnsValues ? kStages : 1][kTurnsValues ? kBlockK * kHeadDim : 1024];
+    alignas(1024) u16 o[kDirectStore ? 1 : kConsumers][kDirectStore ? 512 : 64 * kOutputColumns];
     u64 q_full[kQueryStages], q_empty[kQueryStages];
     u64 k_full[kStages], k_empty[kStages], v_full[kStages], v_empty[kStages];
     u64 turned_full[kStages], turned_empty[kStages];
@@ -96,24 +105,34 @@ __device__ __forceinline__ constexpr u32 step_offset(int step, int rows) {
 }
 
 // ---- turning V -----------------------------------------------------------------------------------------------------
-// V (keys, channels) -> V^T (channels, keys), by `kTurningThreads` threads; here 32 keys x 16 channels at a time, by one
-// warp. ldmatrix transposes 16-bit units, so that a register holds two channels of two keys; prmt parts the channels of
-// two such registers, which brings keys 2 t, 2 t + 1, 2 t + 8, 2 t + 9 together: the order that P has.
+// V (keys, channels) -> V^T (channels, keys), by `kTurningThreads` threads. A warp takes 32 keys x 16 channels at a time:
+// ldmatrix transposes 16-bit units, so that a register holds two channels of two keys; prmt parts the channels of two
+// such registers, which brings keys 2 t, 2 t + 1, 2 t + 8, 2 t + 9 together: the order that P has. Loads of several such
+// pieces come first, then their stores, so that the latencies overlap.
 __device__ __forceinline__ void turn_block(const u8* v, u8* turned, int warp, int lane) {
-    constexpr int kKeyGroups = kBlockK / 32, kUnits = kKeyGroups * kHeadDim / 16;
+    constexpr int kKeyGroups = kBlockK / 32;
+    constexpr int kPieces = kKeyGroups % kTurnedAtOnce == 0 ? kTurnedAtOnce : kKeyGroups % 3 == 0 ? 3 : 2;  // at once
+    constexpr int kChannelGroups = kHeadDim / 16, kItems = kChannelGroups * kKeyGroups / kPieces;
+    static_assert(kKeyGroups % kPieces == 0, "a block has 32 or 64 keys, or a multiple of 96 or 128");
     const u32 source = shared_address(v), target = shared_address(turned);
-#pragma unroll 2
-    for (int unit = warp; unit < kUnits; unit += kTurningThreads / 32) {
-        const int keys = unit % kKeyGroups * 32, channels = unit / kKeyGroups * 16;
-        u32 in[4];
-        ldmatrix_x4_transposed(in, source + channels / kSpan * kBlockK * kSpan +
-                                       swizzle<kSpan>((keys + lane) * kSpan + channels % kSpan));
-        const u32 out[4] = {byte_permute(in[0], in[1], 0x6420), byte_permute(in[2], in[3], 0x6420),   // even channels
-                            byte_permute(in[0], in[1], 0x7531), byte_permute(in[2], in[3], 0x7531)};  // odd ones
-        const int key = keys + lane / 8 % 2 * 16, row = channels + lane / 16 * 8 + lane % 8;
-        stmatrix_x4(target + key / kTurnedSpan * kHeadDim * kTurnedSpan +
-                        swizzle<kTurnedSpan>(row * kTurnedSpan + key % kTurnedSpan),
-                    out);
+#pragma unroll 1
+    for (int item = warp; item < kItems; item += kTurningThreads / 32) {
+        const int channels = item % kChannelGroups * 16, keys = item / kChannelGroups * kPieces * 32;
+        const u32 from = source + channels / kSpan * kBlockK * kSpan + keys * kSpan +
+                         swizzle<kSpan>(lane * kSpan + channels % kSpan);
+        u32 in[kPieces][4];
+#pragma unroll
+        for (int i = 0; i < kPieces; ++i) ldmatrix_x4_transposed(in[i], from + i * 32 * kSpan);
+        const u32 row = channels + lane / 16 * 8 + lane % 8;
+        const u32 to = target + swizzle<kTurnedSpan>(row * kTurnedSpan + lane / 8 % 2 * 16);
+#pragma unroll
+        for (int i = 0; i < kPieces; ++i) {
+            const u32 out[4] = {
+                byte_permute(in[i][0], in[i][1], 0x6420), byte_permute(in[i][2], in[i][3], 0x6420),   // even channels
+                byte_permute(in[i][0], in[i][1], 0x7531), byte_permute(in[i][2], in[i][3], 0x7531)};  // odd ones
+            const u32 key = keys + i * 32;  // exclusive or: columns of a span are exchanged, not moved
+            stmatrix_x4((to ^ key % kTurnedSpan) + key / kTurnedSpan * kHeadDim * kTurnedSpan, out);
+        }
     }
 }
 
@@ -148,6 +167,13 @@ struct Rows {
     float factor[2];  // what O has to be multiplied with after a change of m
 };
 
+// A use of P behind the wait for P V. Without one, the compiler takes P's registers for free as soon as P V is issued,
+// although it is still being read, and puts the next P there.
+__device__ __forceinline__ void keep(const u32 (&p)[kBlockK / 8]) {
+#pragma unroll
+    for (int i = 0; i < kBlockK / 8; ++i) asm volatile("st.shared.u32 [%0], %1;" ::"r"(0), "r"(p[i]));
+}
+
 // exp2(s c - shift) by polynomial. u = (s c - shift + 48) / 64 is clamped to [0, 1] for free: the exponent stays within
 // -48 .. 16, and what lies above is as surely out of P's range as 2^16. Adding 1.5 * 2^23 leaves the whole part of 64 u
 // in the low bits; 2^fraction (less than 1e-4 off) is computed with the factor 2^-48 in its coefficients, and the whole
@@ -170,7 +196,7 @@ __device__ __forceinline__ float exp2_polynomial(float s, float c64, float bias6
 template <bool kSomeByPolynomial>
 __device__ __forceinline__ bool exponentials(const float (&s)[kBlockK / 2], u32 (&p)[kBlockK / 8], float (&sum)[2],
                                              const float (&shift)[2], const float (&c)[kGroups]) {
-    const float bias64[2] = {(48.0f - shift[0]) * (1.0f / 64), (48.0f - shift[1]) * (1.0f / 64)};
+    float bias64[2] = {(48.0f - shift[0]) * (1.0f / 64), (48.0f - shift[1]) * (1.0f / 64)};
     u32 too_large = 0;
     sum[0] = sum[1] = 0.0f;
 #pragma unroll
@@ -188,6 +214,10 @@ __device__ __forceinline__ bool exponentials(const float (&s)[kBlockK / 2], u32 
         }
         p[i] = pack_e4m3(e[0], e[1], e[2], e[3]);
         too_large |= p[i] + 0x02020202u;  // 0x7e is 448, 0x7f not a number: both reach the byte's highest bit
+        // The compiler would compute all polynomials first and leave the exponential unit idle meanwhile: so those of the
+        // next few registers get an input that depends on an exponential of these. (An infinite one makes not-a-number,
+        // but it also makes the block be redone.)
+        if (kSomeByPolynomial && kPolynomial > 0 && i % kMixed >= kMixed - 2) bias64[half] = fmaf(e[1], 0.0f, bias64[half]);
     }
     return too_large & 0x80808080u;
 }
@@ -226,13 +256,6 @@ __device__ __forceinline__ bool softmax(const float (&s)[kBlockK / 2], u32 (&p)[
     return again;
 }
 
-// A use of P behind the wait for P V. Without one, the compiler takes P's registers for free as soon as P V is issued,
-// although it is still being read, and puts the next P there.
-__device__ __forceinline__ void keep(const u32 (&p)[kBlockK / 8]) {
-#pragma unroll
-    for (int i = 0; i < kBlockK / 8; ++i) asm volatile("st.shared.u32 [%0], %1;" ::"r"(0), "r"(p[i]));
-}
-
 // Read-only data, at this point of the program: behind a wait the compiler would not move it forward.
 __device__ __forceinline__ float load_early(const float* pointer) {
     float value;
@@ -246,31 +269,33 @@ __device__ __forceinline__ u32 pack_bf16(float low, float high) {
     return packed;
 }
 
-// O rows of this thread -> global memory, with V's scales. Of every 16 channels it has four neighbours: V^T's rows
-// 2 q, 2 q + 1 (even channels) and 8 + 2 q, 8 + 2 q + 1 (odd ones) are channels 4 q .. 4 q + 3.
-__device__ __forceinline__ void store_rows(const float (&o)[kHeadDim / 2], const float (&inverse)[2],
-                                           const float* v_scale, bool per_channel, u16* o_top, long long stride,
-                                           int rows_left, int lane) {
+// The output of this thread: of every 16 channels it has four neighbours, in both rows, since V^T's rows 2 q, 2 q + 1 (even
+// channels) and 8 + 2 q, 8 + 2 q + 1 (odd ones) are channels 4 q .. 4 q + 3. Calls store(half, channel, four bf16 values)
+// for the channels from `first` on.
+template <int kColumns, class Store>
+__device__ __forceinline__ void output(const float (&o)[kHeadDim / 2], const float (&inverse)[2], const float* v_scale,
+                                       bool per_channel, int first, int lane, Store store) {
     const int q = lane % 4;
     const float one = *v_scale;
 #pragma unroll
-    for (int g = 0; g < kHeadDim / 16; ++g) {
+    for (int g = 0; g < kColumns / 16; ++g) {
+        const int column = first + 16 * g;
         float4 scale = make_float4(one, one, one, one);
-        if (per_channel) scale = reinterpret_cast<const float4*>(v_scale)[4 * g + q];
+        if (per_channel) scale = *reinterpret_cast<const float4*>(v_scale + column + 4 * q);
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
-            const int i = 8 * g + 2 * half;
+            const int i = column / 2 + 2 * half;
             const float a = inverse[half];
-            const uint2 four = make_uint2(pack_bf16(o[i] * a * scale.x, o[i + 4] * a * scale.y),
-                                          pack_bf16(o[i + 1] * a * scale.z, o[i + 5] * a * scale.w));
-            if (8 * half < rows_left) *reinterpret_cast<uint2*>(o_top + half * 8 * stride + 16 * g + 4 * q) = four;
+            store(half, 16 * g + 4 * q,
+                  make_uint2(pack_bf16(o[i] * a * scale.x, o[i + 4] * a * scale.y),
+                             pack_bf16(o[i + 1] * a * scale.z, o[i + 5] * a * scale.w)));
         }
     }
 }
 
 // ---- consumer ------------------------------------------------------------------------------------------------------
-__device__ __forceinline__ void consume(Shared& shared, const int consumer, u16* o_pointer, float* lse_pointer,
-                                        const Problem& problem) {
+__device__ __forceinline__ void consume(Shared& shared, const int consumer, const TensorMap& o_map,
+                                        u16* o_pointer, float* lse_pointer, const Problem& problem) {
     const int thread = threadIdx.x % 128, lane = thread % 32;
     const int row_in_tile = 64 * consumer + 16 * (thread / 32) + lane / 4;
     auto& values = [&]() -> auto& {
@@ -284,9 +309,9 @@ __device__ __forceinline__ void consume(Shared& shared, const int consumer, u16*
     const u64 k_descriptor = k_major_descriptor<kSpan>(shared.k);
     const u64 v_descriptor = k_major_descriptor<kTurnedSpan>(values);
     const u32 my_turn = kTurnBarrier + consumer, next_turn = kTurnBarrier + (consumer + 1) % kConsumers;
-    // With turns, consumer 0 alone asks the mbarriers in the main loop: the others come after it, and so after the data.
-    const bool asks = !kPingpong || consumer == 0;
     const bool never = problem.len_k < 0;  // something that the compiler cannot know
+    // With turns, consumer 0 alone asks the mbarriers in the main loop: the others come after it, and so after the data.
+    const bool asks = kPingpong ? consumer == 0 : !never;
     Cursor<kStages> k_cursor, v_cursor;
     Cursor<kQueryStages> q_cursor;
     if (kPingpong && consumer == kConsumers - 1) named_barrier_arrive(next_turn, 256);  // consumer 0 may begin
@@ -437,18 +462,46 @@ __device__ __forceinline__ void consume(Shared& shared, const int consumer, u16*
             if (lane % 4 == 0 && 8 * half < rows_left)
                 lse_top[8 * half] = sum == 0.0f ? -kInfinity : rows.shift[half] * kLn2 + logf(sum);
         }
-        u16* o_top = o_pointer + tile.batch * problem.o_stride_batch + tile.head * problem.o_stride_head +
-                     row * problem.o_stride_row;
-        store_rows(o, inverse, problem.v_scale + static_cast<long long>(flat_key_head) * problem.v_scales,
-                   problem.v_scales > 1, o_top, problem.o_stride_row, rows_left, lane);
+        const float* v_scale = problem.v_scale + static_cast<long long>(flat_key_head) * problem.v_scales;
+        const bool per_channel = problem.v_scales > 1;
+        if constexpr (kDirectStore) {
+            u16* o_top = o_pointer + tile.batch * problem.o_stride_batch + tile.head * problem.o_stride_head +
+                         row * problem.o_stride_row;
+            output<kHeadDim>(o, inverse, v_scale, per_channel, 0, lane, [&](int half, int channel, uint2 four) {
+                if (8 * half < rows_left)
+                    *reinterpret_cast<uint2*>(o_top + half * 8 * problem.o_stride_row + channel) = four;
+            });
+        } else {  // through shared memory, under the 128-byte swizzle; TMA leaves out rows past the end
+            char* o_smem = reinterpret_cast<char*>(shared.o[consumer]);
+            const int row_in_o = 16 * (thread / 32) + lane / 4;
+#pragma unroll
+            for (int first = 0; first < kHeadDim; first += kOutputColumns) {
+                if (thread == 0) tma_store_wait_read<0>();  // the store before has read o_smem
+                named_barrier_sync(kOutputBarrier + consumer, 128);
+                output<kOutputColumns>(o, inverse, v_scale, per_channel, first, lane,
+                                       [&](int half, int channel, uint2 four) {
+                                           const u32 in_block = (row_in_o + 8 * half) * 128 + channel % 64 * 2;
+                                           char* place = o_smem + channel / 64 * 64 * 128 + swizzle<128>(in_block);
+                                           *reinterpret_cast<uint2*>(place) = four;
+                                       });
+                fence_proxy_async();
+                named_barrier_sync(kOutputBarrier + consumer, 128);
+                if (thread == 0) {
+                    tma_store_5d(&o_map, o_smem, 0, tile.query_start + 64 * consumer, first / 64, tile.head,
+                                 tile.batch);
+                    tma_store_commit();
+                }
+            }
+        }
     }
+    if (!kDirectStore && thread == 0) tma_store_wait_read<0>();  // shared memory must live until then
 }
 
 // ---- the kernel ----------------------------------------------------------------------------------------------------
 extern "C" __global__ void __launch_bounds__(kThreads, 1)
     fa3_forward_fp8(const __grid_constant__ TensorMap q_map, const __grid_constant__ TensorMap k_map,
-                    const __grid_constant__ TensorMap v_map, u16* o, float* lse, u32* tile_counter,
-                    const __grid_constant__ Problem problem) {
+                    const __grid_constant__ TensorMap v_map, const __grid_constant__ TensorMap o_map, u16* o,
+                    float* lse, u32* tile_counter, const __grid_constant__ Problem problem) {
     extern __shared__ __align__(1024) unsigned char shared_bytes[];
     Shared& shared = *reinterpret_cast<Shared*>(shared_bytes);
     const int warpgroup = warp_uniform(threadIdx.x / 128);
@@ -481,6 +534,6 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1)
         }
     } else {
         registers_claim_up_to<kConsumerRegisters>();
-        consume(shared, warpgroup - 1, o, lse, problem);
+        consume(shared, warpgroup - 1, o_map, o, lse, problem);
     }
 }

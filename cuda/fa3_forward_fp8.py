@@ -35,6 +35,7 @@ class Config:
     stages: int = 2
     pingpong: bool = True
     polynomial: int = 0  # of eight exponentials this many on the FMA units
+    direct_store: bool = False  # O from registers to global memory, not through shared memory and TMA
 
     @property
     def block_q(self) -> int:
@@ -55,19 +56,36 @@ class Config:
         """Dynamic shared memory: Q, the rings (turned V's only where V is turned), and 1 KiB for barriers and tiles."""
         rings = 3 if turns_values else 2
         blocks = self.query_stages * self.block_q + rings * self.stages * self.block_k
-        return self.head_dim * blocks + 1024 + (0 if turns_values else 1024)
+        out = 1024 if self.direct_store else 2 * self.block_q * min(self.head_dim, 128)
+        return self.head_dim * blocks + out + 1024 + (0 if turns_values else 1024)
 
 
 # (head_dim, causal) -> tile. Registers: (1 x producer + consumers x consumer) x 128 must not exceed what the block has.
 CONFIGS = {
-    (64, False): Config(64, 3, 128, 32, 160),
-    (64, True): Config(64, 3, 128, 32, 160),
+    (64, False): Config(64, 3, 128, 32, 160, polynomial=1),
+    (64, True): Config(64, 3, 128, 32, 160, polynomial=1),
     (128, False): Config(128, 2, 128, 24, 240),
     (128, True): Config(128, 2, 128, 24, 240),
     (256, False): Config(256, 2, 64, 24, 240, query_stages=1),
     (256, True): Config(256, 2, 64, 24, 240, query_stages=1),
 }
+# Where V is turned in the kernel: the turning warps need registers, and longer blocks hide more of their latency.
+TURNING_CONFIGS = CONFIGS | {
+    (128, False): Config(128, 2, 128, 40, 232),
+    (128, True): Config(128, 2, 128, 40, 232),
+    (256, False): Config(256, 2, 96, 40, 232, query_stages=1),
+    (256, True): Config(256, 2, 96, 40, 232, query_stages=1),
+}
+# A second accumulator as large as O must find room. Not at head_dim 256.
+TWO_LEVEL_CONFIGS = {64: Config(64, 2, 128, 24, 240), 128: Config(128, 2, 96, 24, 240)}
 HEAD_DIMS = tuple(sorted({head_dim for head_dim, _ in CONFIGS}))
+
+
+def default_config(head_dim: int, *, causal: bool, v_transposed: bool, two_level: bool) -> Config:
+    """The tile sizes that are used unless others are asked for."""
+    if two_level:
+        return TWO_LEVEL_CONFIGS[head_dim]
+    return (CONFIGS if v_transposed else TURNING_CONFIGS)[head_dim, causal]
 
 
 class Problem(ctypes.Structure):
@@ -103,6 +121,7 @@ def compile_config(
         "FA_PINGPONG": int(config.pingpong),
         "FA_TWO_LEVEL": int(two_level),
         "FA_POLYNOMIAL": config.polynomial,
+        "FA_DIRECT_STORE": int(config.direct_store),
         "FA_PRODUCER_REGISTERS": config.producer_registers,
         "FA_CONSUMER_REGISTERS": config.consumer_registers,
     }
@@ -147,6 +166,7 @@ def _launcher(
 ) -> PersistentLauncher:
     require_hopper(q.device)
     span = min(128, q.shape[3])
+    o = torch.empty_like(q, dtype=torch.bfloat16)
     if v_transposed:
         columns = {"box_rows": q.shape[3], "box_columns": config.block_k, "swizzle_bytes": config.turned_span}
     else:
@@ -155,8 +175,9 @@ def _launcher(
         "q": tile_geometry(q, name="q", box_rows=config.block_q, swizzle_bytes=span),
         "k": tile_geometry(k, name="k", box_rows=config.block_k, swizzle_bytes=span),
         "v": tile_geometry(v, name="v", **columns),
+        "o": tile_geometry(o, name="o", box_rows=64, box_columns=min(q.shape[3], 128)),
     }
-    o_strides = torch.empty_like(q, dtype=torch.bfloat16).stride()[:3]
+    o_strides = o.stride()[:3]
     problem = Problem(*schedule(q, k, block_q=config.block_q, causal=causal), *scales, scale, *o_strides)
     kernel = _load(config, causal, v_transposed, two_level, debug, source)
     return PersistentLauncher(kernel, geometry, problem, q.device)
@@ -207,7 +228,8 @@ def forward_fp8(
         if k.shape[2] == 0:
             return torch.zeros_like(q, dtype=torch.bfloat16), torch.full(q.shape[:3], -math.inf, device=q.device)
         options = {"causal": causal, "scale": number, "v_transposed": v_transposed, "two_level": two_level}
-        options |= {"config": config or CONFIGS[q.shape[3], causal], "debug": debug, "source": source}
+        config = config or default_config(q.shape[3], causal=causal, v_transposed=v_transposed, two_level=two_level)
+        options |= {"config": config, "debug": debug, "source": source}
         with torch.cuda.device(q.device):
             counts = tuple(math.prod(x.shape[2:]) for x in (q_scale, k_scale, v_scale))
             plan = _launcher(q, k, v, counts, **options)
@@ -222,7 +244,7 @@ def forward_fp8(
         if v_scale.data_ptr() % 16:  # read four at a time
             v_scale = v_scale.clone()
         pointers = {"q_scale": q_scale.data_ptr(), "k_scale": k_scale.data_ptr(), "v_scale": v_scale.data_ptr()}
-        plan.launch((q, k, v), o, lse, **pointers)
+        plan.launch((q, k, v, o), (o, lse), **pointers)
     if debug:
         plan.check_deadlock(BARRIER_NAMES)
     return o, lse
@@ -238,7 +260,7 @@ def _check(
         if tuple(v.shape) != wanted:
             raise ValueError(
                 f"v has shape {tuple(v.shape)} with v_transposed=True; allowed: {wanted}, that is (batch, heads_kv, "
-                f"head_dim, len_k rounded up to a multiple of {KEY_PADDING}), as quantise(..., v_transposed=True) has it"
+                f"head_dim, len_k rounded up to a multiple of {KEY_PADDING}), as quantise_fp8.quantise makes it"
             )
         values = k  # the rest of v's shape is right
         if v.dtype != k.dtype or v.device != k.device:

@@ -42,7 +42,7 @@ def schedule(q: Tensor, k: Tensor, *, block_q: int, causal: bool) -> tuple[int, 
 
 
 class PersistentLauncher:
-    """A loaded kernel for one set of shapes; its parameters: maps of Q, K, V, pointers to O, lse, counter, and Problem."""
+    """A loaded kernel for one set of shapes. Its parameters: maps, pointers to outputs, to the counter, and Problem."""
 
     def __init__(
         self,
@@ -50,22 +50,24 @@ class PersistentLauncher:
         geometry: Mapping[str, TileGeometry],
         problem: ctypes.Structure,
         device: torch.device,
+        outputs: int = 2,
     ) -> None:
-        """geometry: of q, k and v, in this order. problem: the kernel's, which starts with SCHEDULE_FIELDS."""
+        """geometry: of what has a map, in order. problem: the kernel's, which starts with SCHEDULE_FIELDS. outputs: how
+        many pointers stand between the maps and the counter."""
         self.kernel, self.geometry, self.problem, self.device = kernel, geometry, problem, device.index
         self.descriptors = tuple(Descriptor() for _ in geometry)
-        self.o, self.lse, self.counter = ctypes.c_void_p(), ctypes.c_void_p(), ctypes.c_void_p()
-        self.arguments = Arguments(*self.descriptors, self.o, self.lse, self.counter, problem)
+        self.outputs, self.counter = [ctypes.c_void_p() for _ in range(outputs)], ctypes.c_void_p()
+        self.arguments = Arguments(*self.descriptors, *self.outputs, self.counter, problem)
         self.addresses: tuple[int, ...] = ()  # as encoded in the descriptors
         blocks = torch.cuda.get_device_properties(device).multi_processor_count
         self.grid = (min(problem.query_tiles * problem.heads, blocks),)
         self.counters: dict[int, Tensor] = {}  # stream -> the counter that its launches share
         self.lock = threading.Lock()
 
-    def launch(self, inputs: Sequence[Tensor], o: Tensor, lse: Tensor, **pointers: int) -> None:
+    def launch(self, mapped: Sequence[Tensor], outputs: Sequence[Tensor], **pointers: int) -> None:
         """Queue the kernel on the current stream of the current device; `pointers` are fields of `problem`."""
         with self.lock:  # the arguments are shared by all calls, and copied by the driver when it queues the kernel
-            addresses = tuple(tensor.data_ptr() for tensor in inputs)
+            addresses = tuple(tensor.data_ptr() for tensor in mapped)
             if addresses != self.addresses:
                 for (name, geometry), address, slot in zip(
                     self.geometry.items(), addresses, self.descriptors, strict=True
@@ -76,7 +78,9 @@ class PersistentLauncher:
             for name, value in pointers.items():
                 setattr(self.problem, name, value)
             counter = self._tile_counter()
-            self.o.value, self.lse.value, self.counter.value = o.data_ptr(), lse.data_ptr(), counter.data_ptr()
+            self.counter.value = counter.data_ptr()
+            for slot, output in zip(self.outputs, outputs, strict=True):
+                slot.value = output.data_ptr()
             self.kernel.launch(self.device, self.grid, self.arguments)
 
     def check_deadlock(self, barrier_names: Sequence[str]) -> None:
