@@ -1,4 +1,4 @@
-"""Chapter 10: wrong quantisers, layouts, emulations and kernels are caught, correct but different ones pass."""
+"""Chapter 10: the kernel without a GPU, its host side, and what judges FP8. Wrong answers: mutants/10_fp8."""
 
 import difflib
 import shutil
@@ -58,143 +58,6 @@ def change(folder: Path, file: str, old: str, new: str) -> None:
 
 def checks(name: str):
     return load_file(CHECKS / f"test_{name}.py")
-
-
-def graded(name: str):
-    """All checks of a file that run on any machine."""
-    marked = ((n, f) for n, f in vars(checks(name)).items() if n.startswith("test_"))
-    return [f for _, f in marked if f.pytestmark[0].kwargs["needs"] is None]
-
-
-WRONG = [
-    # file, old, new, the check that must fail, a word of its message
-    ("quantise.py", "mantissa * 2.0**-9,", "mantissa * 2.0**-10,", "test_decode", "subnormal|exponent 0"),
-    ("quantise.py", "code & 0x7F == 0x7F", "code == 0x7F", "test_decode", "0xff"),
-    (
-        "quantise.py",
-        "torch.round(torch.ldexp(magnitude, 3 - exponent))",
-        "torch.floor(torch.ldexp(magnitude, 3 - exponent) + 0.5)",
-        "test_encode_rounds",
-        "halfway",
-    ),
-    ("quantise.py", ".clamp(max=LARGEST)  # NaN stays NaN", "", "test_encode_ends", "saturates"),
-    ("quantise.py", "torch.signbit(x)", "(x < 0)", "test_encode_ends", "sign"),
-    ("quantise.py", "magnitude.clamp(min=2.0**-6)", "magnitude.clamp(min=2.0**-9)", "test_encode_exact", "value"),
-    ("quantise.py", "rows = x.float().abs().amax(3)", "rows = x.float().amax(3)", "test_scales", "over what"),
-    ("quantise.py", "torch.where(largest == 0, 1.0, ", "(", "test_scales_of_zeros", "zeros must have scale 1"),
-    ("quantise.py", ".clamp(min=SMALLEST_SCALE))", ")", "test_scales_of_zeros", "2\\^-126"),
-    ("quantise.py", "encode_e4m3(x.float() / spread)", "encode_e4m3(x.float() * spread)", "test_quantise", "codes"),
-    (
-        "quantise.py",
-        "if not bool(x.isfinite().all()):",
-        "if bool(x.isnan().any()):",
-        "test_quantise_ends",
-        "ValueError",
-    ),
-    ("quantise.py", "return y * head_dim**-0.5", "return y", "test_rotation", "norm"),
-    ("quantise.py", "return hadamard(x * signs)", "return hadamard(x) * signs", "test_rotation", "rotate"),
-    ("quantise.py", "return hadamard(x) * signs", "return hadamard(x * signs)", "test_inverse", "unrotate"),
-    ("layouts.py", "8 * (register % 2), 16", "8 * (register // 2), 16", "test_a_place", "must be"),
-    ("layouts.py", "first + 1, first + 4, first + 5", "first + 1, first + 2, first + 3", "test_p_registers", "row"),
-    ("layouts.py", "2 * lane + 8 * (byte // 2) + byte % 2", "4 * lane + byte", "test_key_order", "which is key"),
-    (
-        "layouts.py",
-        "v.T[:, [key_at(i) for i in range(v.shape[0])]]",
-        "v.T.clone()",
-        "test_transpose",
-        "order of key_at",
-    ),
-    ("layouts.py", "if lane < 16 else (odd, even)", "if lane < 16 else (even, odd)", "test_instructions", "channel"),
-    ("emulate.py", "encode_e4m3(p))", "encode_e4m3(p / 2))", "test_round_p", "round_p"),
-    ("emulate.py", "round_p(p) @ v", "p @ v", "test_one_block", "rounded to e4m3"),
-    ("emulate.py", "torch.exp2(s - subtract + OFFSET)", "torch.exp2(s - subtract)", "test_one_block", "OFFSET"),
-    ("emulate.py", "torch.log2(l) - OFFSET", "torch.log2(l)", "test_one_block", "OFFSET"),
-    ("emulate.py", "k_scale[:, :, block, None, None]", "k_scale[:, :, 0, None, None]", "test_blocks", "scales"),
-    ("emulate.py", "acc = acc * alpha + round_p", "acc = acc + round_p", "test_blocks", "alpha"),
-    ("emulate.py", "rows + len_k - len_q", "rows", "test_causal", "."),
-    ("emulate.py", "quantise.rotate(k.float(), signs)", "k.float()", "test_paper", "rotation"),
-]
-
-
-@pytest.mark.parametrize("file, old, new, failing, word", WRONG, ids=lambda value: str(value)[:30])
-def test_a_wrong_answer_is_caught(folder: Path, answer: Answer, file, old, new, failing, word):
-    change(folder, file, old, new)
-    with pytest.raises(CheckFailed, match=word):
-        getattr(checks(Path(file).stem), failing)(answer)
-
-
-def test_a_quantiser_that_leaves_the_work_to_torch_is_caught(folder: Path, answer: Answer):
-    cast = "return x.clamp(-448, 448).to(torch.float8_e4m3fn).view(torch.uint8)"
-    change(folder, "quantise.py", "return torch.where(x.isnan(), 0x7F, code).to(torch.uint8)", cast)
-    with pytest.raises(CheckFailed, match="float8"):
-        checks("quantise").test_encode_exact(answer)
-
-
-def test_an_encoder_that_searches_a_table_passes(folder: Path, answer: Answer):
-    """Correct, but different: the nearest of 127 values, ties to the even code."""
-    source = (folder / "quantise.py").read_text()
-    first, last = source.index("    # BEGIN SOLUTION: round the magnitude"), source.index("def block_scales")
-    body = """    values = decode_e4m3(torch.arange(127, dtype=torch.uint8))
-    middle = (values[1:].double() + values[:-1].double()) / 2
-    magnitude = x.abs().double().nan_to_num(posinf=1e300)
-    low, high = torch.searchsorted(middle, magnitude), torch.searchsorted(middle, magnitude, right=True)
-    code = torch.where(low % 2 == 0, low, high)
-    code = code + 128 * torch.signbit(x)
-    return torch.where(x.isnan(), 127, code).to(torch.uint8)
-
-
-"""
-    (folder / "quantise.py").write_text(source[:first] + body + source[last:])
-    for one in graded("quantise"):
-        one(answer)
-
-
-def test_another_order_of_the_keys_passes(folder: Path, answer: Answer):
-    """Correct, but different: bytes 1 and 2 of P's registers exchanged, and prmt and key_at with them."""
-    change(
-        folder,
-        "layouts.py",
-        "return first, first + 1, first + 4, first + 5",
-        "return first, first + 4, first + 1, first + 5",
-    )
-    change(folder, "layouts.py", "8 * (byte // 2) + byte % 2", "8 * (byte % 2) + byte // 2")
-    change(folder, "layouts.py", "even, odd = 0x6420, 0x7531", "even, odd = 0x6240, 0x7351")
-    for one in graded("layouts"):
-        one(answer)
-
-
-def test_the_plain_transposition_is_right_but_has_bank_conflicts(folder: Path, answer: Answer):
-    change(folder, "layouts.py", "if lane < 16 else (odd, even)", "if lane < 64 else (odd, even)")
-    change(folder, "layouts.py", "(matrix % 2 ^ row // 4)", "matrix % 2")
-    checks("layouts").test_instructions(answer)
-    with pytest.raises(CheckFailed, match="store"):
-        checks("layouts").test_banks(answer)
-
-
-def test_an_emulation_from_the_first_key_to_the_last_passes(folder: Path, answer: Answer):
-    change(
-        folder, "emulate.py", "in reversed(range(math.ceil(len_k / BLOCK_K)))", "in range(math.ceil(len_k / BLOCK_K))"
-    )
-    for one in graded("emulate"):
-        one(answer)
-
-
-KERNELS = [
-    # old, new, the check that must fail, a word of its message
-    ("            fence_proxy_async();\n", "", "test_transposes", "fence_proxy_async"),
-    ("            named_barrier_sync(kProducerBarrier, 128);\n", "", "test_transposes", "never meet"),
-    ("step < kHeadDim / 32", "step < kHeadDim / 64", "test_products", "e4m3 wgmma"),
-    ("i < kBlockK / 8; ++i)", "i < kBlockK / 16; ++i)", "test_products", "conversions"),
-    ("        if (never) pin(s);\n", "", "test_overlap", "pin"),
-    ("kConsumerRegisters = 232", "kConsumerRegisters = 240", "test_budget", "setmaxnreg"),
-]
-
-
-@pytest.mark.parametrize("old, new, failing, word", KERNELS, ids=lambda value: str(value).strip()[:30])
-def test_a_wrong_kernel_is_caught_by_its_code(folder: Path, answer: Answer, old, new, failing, word):
-    change(folder, "fp8.cu", old, new)
-    with pytest.raises(CheckFailed, match=word):
-        getattr(checks("fp8"), failing)(answer)
 
 
 def test_a_todo_that_is_left_counts_as_not_written(folder: Path, answer: Answer):
@@ -280,7 +143,7 @@ def test_bad_scales_are_refused(scale, words):
 
 def test_the_judge_takes_the_emulation_and_refuses_less():
     """Against itself it passes; without rotation, on the inputs that need it, it fails; so does a wrong lse."""
-    case = Case(200, 2000, head_dim=128, kind="outliers", seed=5)
+    case = Case(512, 4096, head_dim=128, kind="outliers", seed=5)
     q, k, v = case.make()
     o, lse = fp8.schemes.attend(fp8.schemes.BOTH, q, k, v)
     judge.judged(o, lse, (q, k, v), case)
