@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from fa_reference.hopper.arithmetic import work_off
 from fa_reference.hopper.memory import Access, Buffer, Fact, still_needed
 from fa_reference.hopper.registers import Fragment, Work
 from fa_reference.hopper.report import Issued
@@ -96,6 +97,7 @@ class Agent:
         self.iteration: int | None = None
         self.known: set[Fact] = set()
         self.work: list[Work] = []
+        self.calculating = False  # on a tile, right now
         self.fragments: weakref.WeakSet[Fragment] = weakref.WeakSet()
         self.peak_registers = 0
         self.fences = 0  # wgmma.fence executed so far
@@ -140,16 +142,18 @@ class Agent:
         if time > self.sm.now:
             await suspend(lambda resume: self.sm.at(time, resume))
 
-    async def issue(self, name: str, operand: str = "", *, source: str = "", amount: int = 0) -> None:
-        """The beginning of every instruction: finish the arithmetic before it, then take an issue slot.
+    async def issue(
+        self, name: str, operand: str = "", *, source: str = "", amount: int = 0, clocks: float | None = None
+    ) -> None:
+        """The beginning of every instruction: finish the arithmetic before it, then take an issue slot, for `clocks`.
 
         operand, source, amount: for the record of issued instructions (see Issued).
         """
-        await self._finish_work()
+        await self.finish_work()
         self._check_budget()
         start = self.sm.now
         self.sm.issued.append(Issued(start, self.name, name, operand, self.iteration, source, amount))
-        await self.sleep_until(start + self.sm.luck.vary(self.sm.timing.issue))
+        await self.sleep_until(start + self.sm.luck.vary(self.sm.timing.issue if clocks is None else clocks))
         self.span("issue", f"{name} {operand}".strip(), start, self.iteration)
 
     async def wait_for(self, what: str, source: Any, ready: Callable[[], bool], latency: float) -> None:
@@ -161,26 +165,19 @@ class Agent:
         self.waiting = None
         self.span("wait", what, start, self.iteration)
 
-    def spend(self, unit: str, tile: Fragment, name: str, *, reduces: bool = False) -> None:
+    def others(self) -> list["Agent"]:
+        """The other warpgroups of this SM."""
+        return [wg for wg in self.sm.warpgroups if wg is not self]
+
+    def spend(self, unit: str, tile: Fragment, name: str, *, reduces: bool = False, in_place: bool = False) -> None:
         """Arithmetic on a tile, for which the next instruction will wait."""
-        self.work.append(Work(unit, 128 * tile.registers, name, self.iteration, reduces))
+        self.work.append(Work(unit, 128 * tile.registers, name, self.iteration, reduces, in_place))
 
-    async def _finish_work(self) -> None:
-        """Spend the time of the arithmetic since the last instruction.
-
-        Element-wise instructions flow through the units like a pipeline: each starts a little after the one before it
-        and cannot end before it. A reduction ends before anything after it starts.
-        """
+    async def finish_work(self) -> None:
+        """Spend the time of the arithmetic since the last instruction (arithmetic.py)."""
         work, self.work = self.work, []
-        start = end = self.sm.now
-        for item in work:
-            begin, finish = self.sm.units[item.unit].reserve(item.amount, self, item.name, item.iteration)
-            end = max(end, finish)
-            if item.reduces:
-                await self.sleep_until(end + self.sm.timing.quad_reduce)
-            else:
-                await self.sleep_until(begin + self.sm.timing.math_latency)
-        await self.sleep_until(end)
+        start = self.sm.now
+        await work_off(self, work)
         if work:
             name = "softmax" if any(item.name == "exp2" for item in work) else "arithmetic"
             self.span("math", name, start, work[0].iteration)

@@ -21,13 +21,15 @@ Operand = Union["Fragment", float]
 
 
 class Work(NamedTuple):
-    """Arithmetic that a warpgroup has yet to spend time on: `amount` values on `unit` ("FP32", "exp", "convert")."""
+    """Arithmetic that a warpgroup has yet to spend time on: `amount` values on `unit`: "FP32", "ALU" (comparisons),
+    "exp" or "convert"."""
 
     unit: str
     amount: int
     name: str
     iteration: int | None  # of the loop, when it was written down
     reduces: bool = False  # its result exists only when all of it is done, and after a reduction over the quad
+    in_place: bool = False  # it changes a tile that the work before it does not use
 
 
 class Fragment:
@@ -79,12 +81,12 @@ class Fragment:
 
     def __imul__(self, other: Operand) -> "Fragment":
         """In the same registers, as the rescaling of an accumulator must be."""
-        self.values[:] = _compute(np.multiply, self, other)._values
+        self.values[:] = _compute(np.multiply, self, other, in_place=True)._values
         return self
 
     def row_max(self) -> "Fragment":
         """Largest value of each row, (64, 1): over a thread's own values, then over the quad."""
-        self.wg.spend("FP32", self, "max", reduces=True)
+        self.wg.spend("ALU", self, "max", reduces=True)
         return Fragment(self.wg, self.values.max(axis=1, keepdims=True))
 
     def row_sum(self) -> "Fragment":
@@ -94,11 +96,11 @@ class Fragment:
 
     def where(self, keep: np.ndarray, otherwise: float) -> "Fragment":
         """The value where `keep` (bool, broadcast to the tile's shape), else a constant."""
-        return _compute(lambda x: np.where(keep, x, np.float32(otherwise)), self, name="select")
+        return _compute(lambda x: np.where(keep, x, np.float32(otherwise)), self, unit="ALU", name="select")
 
     def finite_or(self, otherwise: float) -> "Fragment":
         """A constant in place of infinities."""
-        return _compute(lambda x: np.where(np.isinf(x), np.float32(otherwise), x), self, name="select")
+        return _compute(lambda x: np.where(np.isinf(x), np.float32(otherwise), x), self, unit="ALU", name="select")
 
     def to(self, dtype: str) -> "Fragment":
         """Rounded to "float16", "bfloat16" or "float8_e4m3fn" and packed: an A fragment for wgmma."""
@@ -106,7 +108,9 @@ class Fragment:
         return Fragment(self.wg, round_to(self.values, dtype), dtype)
 
 
-def _compute(function: Callable, *operands: Operand, unit: str = "FP32", name: str = "fma") -> Fragment:
+def _compute(
+    function: Callable, *operands: Operand, unit: str = "FP32", name: str = "fma", in_place: bool = False
+) -> Fragment:
     tiles = [x for x in operands if isinstance(x, Fragment)]
     if any(x.wg is not tiles[0].wg for x in tiles):
         raise IllegalOperand("a warpgroup cannot touch the registers of another", **tiles[0].wg.where())
@@ -114,7 +118,7 @@ def _compute(function: Callable, *operands: Operand, unit: str = "FP32", name: s
     with np.errstate(all="ignore"):  # a kernel may well compute NaN: the judge of its result will say so
         result = function(*values).astype(np.float32)
     fragment = Fragment(tiles[0].wg, result)
-    fragment.wg.spend(unit, fragment, name)
+    fragment.wg.spend(unit, fragment, name, in_place=in_place)
     return fragment
 
 
@@ -125,7 +129,7 @@ def fma(a: Operand, b: Operand, c: Operand) -> Fragment:
 
 def maximum(a: Operand, b: Operand) -> Fragment:
     """The larger one."""
-    return _compute(np.maximum, a, b, name="max")
+    return _compute(np.maximum, a, b, unit="ALU", name="max")
 
 
 def exp2(x: Fragment) -> Fragment:

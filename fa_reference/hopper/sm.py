@@ -34,14 +34,33 @@ class Unit:
         self.sm, self.name, self.rate = sm, name, rate
         self.free_at = 0.0
         self.busy = 0.0
+        self._newest: dict[tuple[str, str], int] = {}  # the index of a warpgroup's last span of some work
 
-    def reserve(self, amount: float, wg: Agent, what: str, iteration: int | None) -> tuple[float, float]:
-        """The next free time for `amount` units of work for a warpgroup's loop iteration: (start, end)."""
+    def reserve(
+        self,
+        amount: float,
+        wg: Agent,
+        what: str,
+        iteration: int | None,
+        *,
+        slower: float = 1.0,
+        go_on: bool = False,
+    ) -> tuple[float, float]:
+        """The next free time for `amount` units of work for a warpgroup's loop iteration: (start, end).
+
+        slower: it takes that many times as long as it would alone; `busy` counts it as if it did not. go_on: this is
+        the next slice of the warpgroup's work before, and one span with it.
+        """
         start = max(self.sm.now, self.free_at)
         clocks = self.sm.luck.vary(amount / self.rate)
-        self.free_at = start + clocks
+        self.free_at = start + clocks * slower
         self.busy += clocks
-        self.sm.spans.append(Span(self.name, "unit", what, start, self.free_at, iteration, wg.name))
+        key, spans = (wg.name, what), self.sm.spans
+        if go_on:
+            spans[self._newest[key]] = spans[self._newest[key]]._replace(stop=self.free_at)
+        else:
+            self._newest[key] = len(spans)
+            spans.append(Span(self.name, "unit", what, start, self.free_at, iteration, wg.name))
         return start, self.free_at
 
     def count(self, amount: float) -> None:
@@ -96,6 +115,7 @@ class SM:
                 "wgmma": self.timing.tensor_flop_per_clk,
                 "exp": self.timing.exp_per_clk,
                 "FP32": self.timing.fp32_per_clk,
+                "ALU": self.timing.alu_per_clk,
                 "convert": self.timing.convert_per_clk,
                 "smem": self.timing.smem_bytes_per_clk,
                 "TMA": self.timing.l2_bytes_per_clk,
@@ -106,7 +126,7 @@ class SM:
         self.violations: list[RuleBroken] = []
         self._events: list[tuple[float, float, int, Callable[[], None]]] = []
         self._numbers = itertools.count()  # of two events in one cycle, the older comes first
-        self._warpgroups: list[Warpgroup] = []
+        self.warpgroups: list[Warpgroup] = []
 
     # --- declarations
 
@@ -151,18 +171,18 @@ class SM:
         registers = most if registers_at_launch is None else registers_at_launch
         if not 0 < registers <= most:
             raise RegistersOverBudget(f"{registers} registers at launch for {threads} threads; allowed: up to {most}")
-        self._warpgroups = [Warpgroup(self, name, registers) for name in roles]
-        for wg in self._warpgroups:
+        self.warpgroups = [Warpgroup(self, name, registers) for name in roles]
+        for wg in self.warpgroups:
             wg.start(roles[wg.name](wg))
             self.at(self.luck.delay(), lambda wg=wg: self._step(wg))
         try:
             while self._events:
                 self.now, _, _, action = heapq.heappop(self._events)
                 action()
-            if any(not wg.done for wg in self._warpgroups):
+            if any(not wg.done for wg in self.warpgroups):
                 self._explain_deadlock()
         finally:
-            for wg in self._warpgroups:
+            for wg in self.warpgroups:
                 wg.close()
         self._check_barriers_empty()
         self._check_loads_seen()
@@ -171,7 +191,7 @@ class SM:
             busy={name: unit.busy for name, unit in self.units.items()},
             spans=self.spans,
             issued=self.issued,
-            registers={wg.name: wg.peak_registers for wg in self._warpgroups},
+            registers={wg.name: wg.peak_registers for wg in self.warpgroups},
             smem_bytes=self.shared.used,
             broken=self.violations,
         )
@@ -205,7 +225,7 @@ class SM:
 
     def _explain_deadlock(self) -> None:
         """Nothing will happen any more: who waits for what, and is there a simple reason?"""
-        stuck = [wg for wg in self._warpgroups if not wg.done]
+        stuck = [wg for wg in self.warpgroups if not wg.done]
         waits = []
         for wg in stuck:
             what, missing, since = wg.waiting
@@ -217,7 +237,7 @@ class SM:
             waits.append(f"{wg.name}, {place}: {wait}")
         first = min(stuck, key=lambda wg: wg.waiting[2])
         where = first.where(first.waiting[0])
-        returned = [wg.name for wg in self._warpgroups if wg.done]
+        returned = [wg.name for wg in self.warpgroups if wg.done]
         if returned:
             waits.append(f"{', '.join(returned)}: returned")
         for mbarrier in self.mbarriers:
@@ -243,7 +263,7 @@ class SM:
     def _check_loads_seen(self) -> None:
         for buffer in self.shared.buffers:
             load = buffer.last_write
-            if load and load.mbarrier and not any((load, "over") in wg.known for wg in self._warpgroups):
+            if load and load.mbarrier and not any((load, "over") in wg.known for wg in self.warpgroups):
                 what = f"the block ends though nobody has waited for the load of {buffer.name}, which may be in flight"
                 self.broken(ExitInFlight(what, **load.where))
 

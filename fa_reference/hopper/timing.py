@@ -1,47 +1,129 @@
-"""How long things take on one SM: rates and latencies of the model.
+"""How long things take on one SM: rates and latencies of the model, measured on an H100.
 
-NOT CALIBRATED YET: data-sheet or assumed values. Rates are what the hardware can do at best; latencies marked
-"assumed" have the right order of magnitude and no measurement behind them.
+`fa_reference.hopper.calibrate` measured them with small kernels of their own (cuda/micro), none on the attention
+kernels that the model predicts. Every value names the entries of that record from which it is computed, or says that
+it is assumed.
 """
 
+import json
 import random
+from collections.abc import Callable
 from dataclasses import dataclass, field, fields
+from functools import reduce
 
-CALIBRATED = False
+from fa_reference.course import ROOT
+
+RECORD = ROOT / "results" / "calibration_h100-80gb-hbm3.json"
+_RECORDED = json.loads(RECORD.read_text())
+CALIBRATED = True
 SMS = 132
 CLOCK_GHZ = 1.83  # the clock at which an H100's data-sheet rates hold: 989 TFLOP/s = 132 SMs x 4096 FLOP x 1.83 GHz
+# Share of the time for which the tensor cores were busy while something else was measured beside them: batches of 512
+# clocks, each waited for.
+_BUSY = 512 / _RECORDED["wgmma"]["ss_n128"]["batch"]["8"]["done"]
 
 
 def _value(default: float, source: str) -> float:
     return field(default=default, metadata={"source": source})
 
 
+def _measured(what: str, compute: Callable[..., float], *entries: str) -> float:
+    """A value computed from entries of the record, such as "units.exp2.latency"."""
+    numbers = [reduce(lambda found, key: found[key], entry.split("."), _RECORDED) for entry in entries]
+    device, date = _RECORDED["provenance"]["device"], _RECORDED["provenance"]["date"][:10]
+    return _value(round(compute(*numbers), 3), f"{what}; {device}, {date}: {', '.join(entries)}")
+
+
+def _beside(unit: str, what: str) -> float:
+    """By how much a warp's instructions of one kind slow down while the tensor cores are busy all the time."""
+    entries = (f"units.{unit}.clocks_beside_SS", f"units.{unit}.clocks_by_warps.1")
+    return _measured(what, lambda beside, alone: 1 + (beside / alone - 1) / _BUSY, *entries)
+
+
 @dataclass(frozen=True)
 class Timing:
     """Rates in units per clock of one SM, latencies in clocks. Change one with `dataclasses.replace`.
 
-    >>> replace(Timing(), exp_per_clk=32)        # what if the exponential unit were twice as fast?
+    >>> replace(Timing(), exp_per_clk=32, exp_sum=4.5)        # what if the exponential unit were twice as fast?
     """
 
-    tensor_flop_per_clk: float = _value(4096, "H100 data sheet: 989 TFLOP/s dense fp16 / (132 SMs x 1.83 GHz)")
-    fp8_factor: float = _value(2, "H100 data sheet: 1979 TFLOP/s dense fp8")
-    exp_per_clk: float = _value(16, "CUDA programming guide, instruction throughput, cc 9.0: special functions")
-    fp32_per_clk: float = _value(128, "CUDA programming guide, instruction throughput, cc 9.0: fp32 add, multiply, fma")
-    convert_per_clk: float = _value(64, "CUDA programming guide, instruction throughput, cc 9.0: type conversions")
-    smem_bytes_per_clk: float = _value(128, "32 banks of 4 bytes")
-    l2_bytes_per_clk: float = _value(50, "12 TB/s (FlashAttention-3 paper, table of memories) / (132 SMs x 1.83 GHz)")
-    hbm_bytes_per_clk: float = _value(
-        13.9, "H100 data sheet: 3.35 TB/s / (132 SMs x 1.83 GHz), all SMs loading at once"
+    tensor_flop_per_clk: float = _measured(
+        "m64n128k16 from shared memory", lambda clocks: 2 * 64 * 128 * 16 / clocks, "wgmma.ss_n128.clocks"
     )
-    tma_l2_latency: float = _value(600, "assumed: from the TMA instruction to the last bytes in shared memory, L2 hit")
-    tma_hbm_latency: float = _value(1000, "assumed: the same from HBM")
-    wgmma_latency: float = _value(32, "assumed: from the last product of a wgmma to the end of wait_group")
-    rs_wgmma_hold: float = _value(0, "assumed: share of a wgmma with A in registers that keeps its issuer from issuing")
-    math_latency: float = _value(6, "assumed: from an FP32 instruction to one that needs its result")
-    quad_reduce: float = _value(60, "assumed: two shuffles and two maxima across the four threads that share a row")
+    fp8_factor: float = _measured(
+        "m64n128k32 against m64n128k16", lambda a, b: 2 * a / b, "wgmma.ss_n128.clocks", "wgmma.fp8_ss_n128.clocks"
+    )
+    wgmma_latency: float = _measured(
+        "eight wgmmas of 64 clocks, alone, until wait_group returns",
+        lambda done, clocks: done - 8 * clocks,
+        "wgmma.ss_n128.batch.8.done",
+        "wgmma.ss_n128.clocks",
+    )
+    wgmma_issue: float = _measured(
+        "clocks to issue one wgmma, once the tensor cores take it", lambda x: x / 8, "wgmma.ss_n128.batch.8.issued"
+    )
+    wgmma_issue_registers: float = _measured(
+        "the same with A in registers", lambda x: x / 8, "wgmma.rs_n128.batch.8.issued"
+    )
+    exp_per_clk: float = _measured("ex2, four warps a sub-core", lambda x: 128 / x, "units.exp2.clocks_by_warps.4")
+    exp_sum: float = _measured(
+        "clocks from one exponential of a warp to its next, when it scales the argument and adds the result up",
+        lambda x: x,
+        "units.exp2_sum.clocks_by_warps.1",
+    )
+    fp32_per_clk: float = _measured("fma, four warps a sub-core", lambda x: 128 / x, "units.fma.clocks_by_warps.4")
+    alu_per_clk: float = _measured("max, four warps a sub-core", lambda x: 128 / x, "units.max.clocks_by_warps.4")
+    convert_per_clk: float = _measured(
+        "conversions, two by an instruction, four warps a sub-core",
+        lambda x: 2 * 128 / x,
+        "units.to_bf16.clocks_by_warps.4",
+    )
+    exp_beside: float = _beside("exp2", "times as long while the tensor cores are busy: ex2")
+    exp_sum_beside: float = _beside("exp2_sum", "the same for ex2 with scaling and adding up")
+    fp32_beside: float = _beside("fma", "the same for fma")
+    alu_beside: float = _beside("max", "the same for max, select and conversions")
+    arithmetic_shared: float = _value(
+        1.2,
+        "times as long while another warpgroup calculates too, besides waiting for its turn at a unit: set so that the "
+        "model's softmax step beside another one takes what was measured, softmax.d64.beside softmax (1331 clocks)",
+    )
+    smem_bytes_per_clk: float = _value(128, "32 banks of 4 bytes")
+    l2_bytes_per_clk: float = _measured(
+        "128 x 128 tiles, all SMs loading the same ones", lambda x: x, "tma.L2.bytes_per_clk_all_sms_same_rows"
+    )
+    hbm_bytes_per_clk: float = _measured(
+        "the same, all SMs loading different ones from HBM", lambda x: x, "tma.HBM.bytes_per_clk_all_sms_apart"
+    )
+    tma_l2_latency: float = _measured(
+        "a load of 2 KB from L2, less its bytes",
+        lambda clocks, rate: clocks - 2048 / rate,
+        "tma.L2.latency_2048_bytes.median",
+        "tma.L2.bytes_per_clk_one_sm",
+    )
+    tma_hbm_latency: float = _measured(
+        "a load of 2 KB from HBM, less its bytes",
+        lambda clocks, rate: clocks - 2048 / rate,
+        "tma.HBM.latency_2048_bytes.median",
+        "tma.HBM.bytes_per_clk_one_sm",
+    )
+    math_latency: float = _measured("fma to an fma that needs it", lambda x: x, "units.fma.latency")
+    exp_latency: float = _measured("the same for ex2", lambda x: x, "units.exp2.latency")
+    quad_reduce: float = _measured(
+        "maximum over the four threads of a row, less an addition",
+        lambda both, add: both - add,
+        "units.quad_max.latency",
+        "units.add.latency",
+    )
     issue: float = _value(4, "assumed: clocks that any instruction to another unit keeps its warpgroup")
-    mbarrier_latency: float = _value(20, "assumed: from the last arrival to the waiter that goes on")
-    named_barrier_latency: float = _value(20, "assumed: the same for bar.sync")
+    mbarrier_test: float = _measured(
+        "a wait at an mbarrier whose phase is complete", lambda x: x, "barriers.mbarrier_wait_when_complete"
+    )
+    mbarrier_latency: float = _measured(
+        "from an arrival to the waiter that goes on, less the issue", lambda x: x - 4, "barriers.mbarrier_hand_over"
+    )
+    named_barrier_latency: float = _measured(
+        "the same for bar.sync", lambda x: x - 4, "barriers.named_barrier_hand_over"
+    )
 
     def seconds(self, cycles: float) -> float:
         """Cycles at the data sheet's clock."""

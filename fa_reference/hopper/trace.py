@@ -24,7 +24,14 @@ if TYPE_CHECKING:
 
 COLORS = {"wait": "#dddddd", "math": "#e69f00", "issue": "#999999", "wgmma": "#0072b2", "exp": "#d55e00"}
 COLORS |= {"QK": "#0072b2", "PV": "#56b4e9"}  # wgmma groups in flight, in recorded traces
-COLORS |= {"FP32": "#e69f00", "convert": "#f0e442", "TMA": "#009e73", "TMA store": "#56b4e9", "smem": "#cc79a7"}
+COLORS |= {
+    "FP32": "#e69f00",
+    "ALU": "#f5c242",
+    "convert": "#f0e442",
+    "TMA": "#009e73",
+    "TMA store": "#56b4e9",
+    "smem": "#cc79a7",
+}
 
 
 class Span(NamedTuple):

