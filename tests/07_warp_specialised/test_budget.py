@@ -20,7 +20,7 @@ def test_stages(answer: Answer) -> None:
         ((128, 128, 176), 2),
         ((256, 128, 128), 1),
         ((256, 128, 64), 2),
-        ((256, 448, 128), 0),
+        ((256, 512, 128), 0),
     ):
         words = "232,448 bytes less 1024 for barriers and one tile of Q; a slot of each ring takes 2 blocks"
         equal(answer, "stages_that_fit", arguments, right, words)
@@ -28,7 +28,13 @@ def test_stages(answer: Answer) -> None:
 
 @check("registers that the consumers can claim", points=1)
 def test_registers(answer: Answer) -> None:
-    for arguments, right in (((168, 2, 24), 240), ((128, 3, 32), 160), ((168, 2, 40), 232), ((255, 2, 24), 256)):
+    for arguments, right in (
+        ((168, 2, 24), 240),
+        ((128, 3, 32), 160),
+        ((160, 2, 24), 224),
+        ((168, 2, 40), 232),
+        ((255, 2, 24), 256),
+    ):
         launch, consumers, producer = arguments
         words = f"{consumers + 1} x {launch} in all, {producer} stay with the producer; a multiple of 8, at most 256"
         equal(answer, "consumer_registers", arguments, right, words)
