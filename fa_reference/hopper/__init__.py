@@ -23,12 +23,13 @@ multiplies it by itself:
     report = sm.run({"producer": producer, "consumer": consumer})
     print(report.table())
 
-Read it in this order: rules, timing, memory (who knows what is over), barriers, registers, agent and warpgroup (the
+Read it in this order: rules, timing, memory (who knows what is over), barriers, registers, arithmetic, agent and warpgroup (the
 instructions), sm (the event loop), trace and report, attention, and the schedules of chapters 6 to 10 (their solutions,
 with what they share in ring and two_stage).
 
 What the model leaves out: a warpgroup is one agent, so divergence and barriers among its own threads do not exist;
-swizzles, bank conflicts and descriptors; the order of keys in fp8 fragments; instruction issue slots shared by warps;
+swizzles, bank conflicts and descriptors; the order of keys in fp8 fragments; the compiler's order of instructions, and
+issue slots shared by warps;
 contention for shared memory between TMA and wgmma; L2 and HBM shared with other SMs; clusters; the reduced accumulator
 precision of fp8; proxy fences for a generic read before an asynchronous overwrite.
 """
