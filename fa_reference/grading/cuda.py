@@ -43,7 +43,7 @@ def require_written(answer: Answer, file: str) -> None:
     path = answer.folder / file
     if not path.is_file():
         raise CheckFailed(f"there is no file {file} in {answer.folder}")
-    todo = unwritten(path.read_text(encoding="utf-8", errors="replace"))
+    todo = unwritten(path.read_text(encoding="utf-8-sig", errors="replace"))
     if todo is not None:
         line, words = todo
         raise NotWritten(f"not written yet: {file}: line {line}: {words} (delete the TODO comment when it is done)")

@@ -6,7 +6,6 @@ with --write keeps it in results/kill_matrix_DEVICE.json, from which the page be
 
 import argparse
 import json
-import platform
 import re
 import sys
 import time
@@ -58,6 +57,7 @@ def key(answer: Patched) -> str:
 def entry(answer: Patched, runs: Sequence[Sequence[Trial]]) -> dict[str, Any]:
     """What is recorded of one answer: the state of every check that ran, and whether it was the same in every run."""
     first = runs[0]
+    today = datetime.now(UTC).date().isoformat()
     states = {f"{t.checked_in}: {t.check}": t.state for t in first}
     own = next((t for t in first if (t.checked_in, t.check) == (answer.checked_in, answer.check)), None)
     return {
@@ -69,23 +69,34 @@ def entry(answer: Patched, runs: Sequence[Sequence[Trial]]) -> dict[str, Any]:
         "states": states,
         "message": own.message if own else "",
         "problem": problem(answer, first),
+        "date": today,
+        "torch": torch.__version__,
+        "repetitions": len(runs),
         "same_in_every_run": all({f"{t.checked_in}: {t.check}": t.state for t in r} == states for r in runs[1:]),
     }
 
 
-def write_record(entries: Sequence[dict[str, Any]], repetitions: int, seconds: float) -> Path:
-    """Write the entries of whole chapters to the device's record, in place of what it held about these chapters."""
-    device = device_name()
-    path = record_path(device)
-    old = json.loads(path.read_text(encoding="utf-8"))["chapters"] if path.exists() else {}
-    about = {"date": datetime.now(UTC).date().isoformat(), "repetitions": repetitions, "seconds": round(seconds)}
-    about |= {"python": platform.python_version(), "torch": torch.__version__}
-    for number in sorted({e["chapter"] for e in entries}):
-        old[str(number)] = {**about, "answers": [e for e in entries if e["chapter"] == number]}
-    chapters = dict(sorted(old.items(), key=lambda item: int(item[0])))
-    data = {"schema_version": 1, "device": device, "chapters": chapters}
+def merge(measured: dict[str, Any]) -> Path:
+    """Add a measurement (as main writes it) to its device's record; answers that no longer exist are left out."""
+    path = record_path(measured["device"])
+    known = {key(a): a for c in CHAPTERS for a in read_answers(c.number)}
+    entries = json.loads(path.read_text(encoding="utf-8"))["answers"] if path.exists() else []
+    kept = {f"{e['chapter']} {e['answer']}": e for e in [*entries, *measured["answers"]]}
+    ordered = [kept[name] for name in known if name in kept]
+    for e in ordered:  # the words that a mutant asks for may have been made clearer since
+        e["problem"] = problem(known[f"{e['chapter']} {e['answer']}"], trials_of(e))
+    data = {"schema_version": 1, "device": measured["device"], "answers": ordered}
     path.write_text(json.dumps(data, indent=1) + "\n", encoding="utf-8")
     return path
+
+
+def trials_of(e: dict[str, Any]) -> list[Trial]:
+    """The trials that an entry was made from."""
+    split = [(check.split(": ", 1), state) for check, state in e["states"].items()]
+    return [
+        Trial(e["chapter"], e["answer"], name, file, state, e["message"] if f"{file}: {name}" == e["check"] else "", 0)
+        for (file, name), state in split
+    ]
 
 
 def _show(answer: Patched, e: dict[str, Any], trials: Sequence[Trial], talkative: bool) -> None:
@@ -104,14 +115,22 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """The command: 0 if every answer was judged as it should be, in every repetition; 1 if not, 2 for a wrong call."""
     parser = argparse.ArgumentParser(prog="kill_matrix", description=__doc__.splitlines()[0])
     parser.add_argument("--chapter", type=int, nargs="*", help="only these chapters")
-    parser.add_argument("--only", default="", help="only answers with this text in `file: name`")
+    parser.add_argument("--only", nargs="*", default=[""], help="only answers with one of these texts in `file: name`")
+    parser.add_argument("--without", nargs="*", default=[], help="without answers that have one of these texts in it")
     parser.add_argument("--where", nargs="*", help="only mutants seen there: any, gpu, hopper")
     parser.add_argument("--quick", action="store_true", help="each mutant runs only the check that must kill it")
     parser.add_argument("--repeat", type=int, default=1, help="run all of it so many times")
     parser.add_argument("--jobs", type=int, default=1, help="processes at once")
     parser.add_argument("--messages", action="store_true", help="print what each failing check says")
+    parser.add_argument("--json", type=Path, help="write what was measured to this file")
     parser.add_argument("--write", action="store_true", help="keep the result in results/ and make the page")
+    parser.add_argument("--merge", type=Path, nargs="*", help="run nothing: keep these files of --json in results/")
     options = parser.parse_args(arguments)
+    if options.merge is not None:
+        for path in options.merge:
+            print(f"wrote {merge(json.loads(path.read_text(encoding='utf-8')))}")
+        print(f"wrote {write_page()}")
+        return 0
     try:
         answers = [
             a for c in CHAPTERS for a in read_answers(c.number) if not options.chapter or c.number in options.chapter
@@ -120,7 +139,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except BadMutant as error:
         print(f"cannot run: {error}")
         return 2
-    answers = [a for a in answers if options.only in a.label]
+    answers = [a for a in answers if any(text in a.label for text in options.only)]
+    answers = [a for a in answers if not any(text in a.label for text in options.without)]
     answers = [a for a in answers if options.where is None or (a.is_mutant and a.where in options.where)]
     if not answers:
         print("cannot run: no mutant or variant fits")
@@ -139,8 +159,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         f"{mutants} mutants ({elsewhere} need a GPU), {len(answers) - mutants} correct variants, on {device_name()}: "
         f"{len(bad)} judged wrongly or not always alike, {options.repeat} runs, {time.monotonic() - began:.0f} s"
     )
+    measured = {"device": device_name(), "answers": entries}
+    if options.json:
+        options.json.write_text(json.dumps(measured, indent=1) + "\n", encoding="utf-8")
     if options.write:
-        print(f"wrote {write_record(entries, options.repeat, time.monotonic() - began)}")
+        print(f"wrote {merge(measured)}")
         print(f"wrote {write_page()}")
     return 1 if bad else 0
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from fa_reference.course import ROOT, chapter
 from fa_reference.grading.mutants import FOLDER
-from fa_reference.grading.report import FAILED, PASSED
+from fa_reference.grading.report import FAILED, NOT_GRADED, PASSED
 
 PAGE = FOLDER / "KILL_MATRIX.md"
 WHY = FOLDER / "kills_nothing.toml"
@@ -56,15 +56,14 @@ def _matrix(answers: list[dict[str, Any]]) -> list[str]:
     return ["", *lines, "", "```text", *head, *rows, "```"]
 
 
-def idle_checks() -> dict[str, list[str]]:
+def idle_checks() -> dict[int, list[str]]:
     """Checks that failed on no mutant on any recorded machine, by chapter number: `file: name`."""
-    seen: dict[str, dict[str, bool]] = {}
+    seen: dict[int, dict[str, bool]] = {}
     for record in records():
-        for number, part in record["chapters"].items():
-            for a in part["answers"]:
-                for check, state in a["states"].items():
-                    caught = seen.setdefault(number, {})
-                    caught[check] = caught.get(check, False) or (bool(a["bug"]) and state == FAILED)
+        for a in record["answers"]:
+            caught = seen.setdefault(a["chapter"], {})
+            for check, state in a["states"].items():
+                caught[check] = caught.get(check, False) or (bool(a["bug"]) and state == FAILED)
     return {number: [c for c, caught in checks.items() if not caught] for number, checks in seen.items()}
 
 
@@ -81,26 +80,27 @@ def write_page() -> Path:
     idle, why = idle_checks(), reasons()
     for record in records():
         lines.append(f"\n## On {'a machine without a GPU' if record['device'] == 'cpu' else record['device']}\n")
-        answers = [a for part in record["chapters"].values() for a in part["answers"]]
+        answers = record["answers"]
         mutants = [a for a in answers if a["bug"]]
         caught = sum(a["states"].get(a["check"]) == FAILED and not a["problem"] for a in mutants)
         passed = sum(not a["bug"] and not a["problem"] for a in answers)
-        lines.append(f"{caught} of {len(mutants)} mutants are caught by their check; the others cannot be seen there.")
+        unseen = sum(a["states"].get(a["check"], NOT_GRADED) == NOT_GRADED for a in mutants)
+        lines.append(f"{caught} of {len(mutants)} mutants are caught by their check; {unseen} cannot be seen there.")
         lines.append(f"{passed} of {len(answers) - len(mutants)} correct variants pass.")
-        for number, part in record["chapters"].items():
-            where = chapter(int(number))
-            lines.append(f"\n### Chapter {number}: {where.title}\n")
-            same = sum(a["same_in_every_run"] for a in part["answers"])
+        for number in dict.fromkeys(a["chapter"] for a in answers):
+            here = [a for a in answers if a["chapter"] == number]
+            lines.append(f"\n### Chapter {number}: {chapter(number).title}\n")
+            dates, runs = sorted({a["date"] for a in here}), sorted({a["repetitions"] for a in here})
+            same = sum(a["same_in_every_run"] for a in here)
             lines.append(
-                f"{part['date']}, {part['repetitions']} repetitions. Every check had the same outcome in all of "
-                "them for "
-                f"{same} of {len(part['answers'])} answers."
+                f"{' and '.join(dates)}, {' or '.join(map(str, runs))} repetitions. Every check had the same outcome "
+                f"in all of them for {same} of {len(here)} answers."
             )
-            lines += _matrix(part["answers"])
+            lines += _matrix(here)
             quiet = idle.get(number, [])
             if quiet and record["device"] == "cpu":
                 lines.append("\nChecks that fail on no mutant, here or on a recorded GPU:\n")
-                lines += [f"- {c}: {why.get(number, {}).get(c, 'not explained yet')}" for c in quiet]
+                lines += [f"- {c}: {why.get(str(number), {}).get(c, 'not explained yet')}" for c in quiet]
     text = re.sub(r"\n{3,}", "\n\n", "\n".join(lines)) + "\n"
     PAGE.write_text(text, encoding="utf-8")
     return PAGE

@@ -43,10 +43,17 @@ class Foreign:
     type_name: str
 
 
+def has_storage(tensor: Tensor) -> bool:
+    """False for sparse tensors and those on the meta device, which no check takes."""
+    return tensor.layout == torch.strided and tensor.device.type != "meta"
+
+
 def pack(value: Any) -> Any:
     """`value` as plain containers of tensors, numbers and text."""
     if value is None or isinstance(value, bool | int | float | str):
         return value
+    if isinstance(value, Tensor) and not has_storage(value):
+        return pack(Foreign(f"{value.layout if value.layout != torch.strided else 'meta'} tensor"))
     if isinstance(value, Tensor):
         plain = value.as_subclass(Tensor).detach()
         return plain.cpu() if plain.device.type != "cpu" else plain

@@ -5,6 +5,8 @@ includes with quotes, the options and the compiler version. Change any of them a
 """
 
 import base64
+import codecs
+import contextlib
 import dataclasses
 import hashlib
 import importlib.metadata
@@ -15,7 +17,7 @@ import re
 import tempfile
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import cache
 from pathlib import Path
 
@@ -115,7 +117,7 @@ def compile_kernel(
     Raises KernelCompileError with file, line and the source line, KernelUnavailable if the compiler is missing.
     """
     path = Path(source).resolve()
-    text = path.read_text()
+    text = path.read_text(encoding="utf-8-sig")  # the compiler does not know the byte order mark of Windows editors
     folders = [path.parent, *(Path(folder).resolve() for folder in include_dirs)]
     settings = {
         "arch": arch,
@@ -140,10 +142,10 @@ def compile_kernel(
     log = io.StringIO()
     started = time.perf_counter()
     try:
-        program = Program(
-            text, "c++", ProgramOptions(name=_shown(path), include_path=[str(f) for f in folders], **settings)
-        )
-        cubin = bytes(program.compile("cubin", logs=log).code)
+        with _without_marks(included_files(path, folders)) as cleaned:
+            include_path = [str(f) for f in (*cleaned, *folders)]
+            program = Program(text, "c++", ProgramOptions(name=_shown(path), include_path=include_path, **settings))
+            cubin = bytes(program.compile("cubin", logs=log).code)
     except Exception as error:  # cuda.core has no public base class of its own for these
         if "NVRTC" not in type(error).__name__:
             raise
@@ -153,6 +155,19 @@ def compile_kernel(
     if use_cache:
         _write(stored, {"cubin": base64.b64encode(cubin).decode(), "log": messages})
     return CompiledKernel(path, cubin, messages, key, arch, version, seconds, False)
+
+
+@contextlib.contextmanager
+def _without_marks(headers: Sequence[Path]) -> Iterator[list[Path]]:
+    """A folder with copies of the headers that begin with a byte order mark, without it; none if no header does."""
+    marked = [header for header in headers if header.read_bytes().startswith(codecs.BOM_UTF8)]
+    if not marked:
+        yield []
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        for header in marked:
+            (Path(folder) / header.name).write_bytes(header.read_bytes().removeprefix(codecs.BOM_UTF8))
+        yield [Path(folder)]
 
 
 def _shown(path: Path) -> str:

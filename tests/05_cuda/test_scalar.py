@@ -2,7 +2,7 @@
 
 import torch
 
-from fa_reference.grading import check, cuda, properties
+from fa_reference.grading import CheckFailed, check, cuda, properties
 from fa_reference.grading.answer import Answer
 from fa_reference.inputs import Case
 
@@ -35,7 +35,13 @@ def test_budget(answer: Answer) -> None:
 @check("computes in floats and stores 16 bits", points=1, compiled=True)
 def test_instructions(answer: Answer) -> None:
     wanted = {"FFMA": "multiply-add", "LDG": "load from global memory", "MUFU.EX2": "exponential", "STG": "store"}
-    cuda.has_instructions(built(answer), wanted)
+    code = built(answer)
+    cuda.has_instructions(code, wanted)
+    doubles = sum(code.count(name) for name in ("DFMA", "DMUL", "DADD"))
+    if doubles:
+        raise CheckFailed(
+            f"{doubles} instructions compute in double, slowly: is a constant without f, or a double, in it?"
+        )
 
 
 @check("the first rows on the GPU", points=2, needs="gpu")

@@ -13,8 +13,9 @@ import pytest
 import torch
 
 from fa_reference.course import ROOT, chapter
+from fa_reference.grading import cuda
 from fa_reference.grading.answer import Answer, Workshop
-from fa_reference.grading.check import CheckFailed
+from fa_reference.grading.check import CheckFailed, NotWritten
 from fa_reference.grading.properties import attention, close
 from fa_reference.inputs import Case
 from fa_reference.stubs import write_stubs
@@ -62,6 +63,12 @@ X = Case(4, 4).make()[0]
         ("while True: pass", "did not finish"),
         ("import sys\ndef f(x): sys.exit(0)", r"ended the program with sys.exit\(0\)"),
         ("import sys\nsys.exit('bye')", r"sys.exit\('bye'\)"),
+        ("def f(x): return input('x? ')", "EOFError"),
+        ("import numpy\ndef f(x):\n    kept = []\n    while True: kept.append(numpy.empty(2**27))", "more memory than"),
+        ("def f(*, x): return x", r"TypeError: f\(\) takes 0 positional arguments but 1 was given"),
+        ("class f:\n    def __init__(self): pass", "TypeError"),
+        ("f = 3", "a.py has no function f"),
+        ("import missing_module\ndef f(x): return x", "ModuleNotFoundError: No module named 'missing_module'"),
         ("import os\ndef f(x): os._exit(0)", "ended the whole process with exit status 0"),
         ("import os, signal\ndef f(x): os.kill(os.getpid(), signal.SIGSEGV)", "killed by SIGSEGV"),
         ("import torch\ndef f(x): return torch.zeros(10**11)", "more memory than a check may use"),
@@ -91,6 +98,30 @@ def test_windows_line_ends_tabs_and_a_byte_order_mark_are_accepted(workshop, tmp
     answer.close()
 
 
+def test_other_encodings_are_named(workshop, tmp_path):
+    (tmp_path / "a.py").write_bytes("def f(x): return 'é'".encode("latin-1"))
+    answer = Answer(workshop, tmp_path)
+    with pytest.raises(CheckFailed, match="utf-8"):
+        answer.call("a.py", "f", X)
+    answer.close()
+
+
+def test_cuda_files_with_windows_line_ends_tabs_and_a_byte_order_mark_are_accepted(workshop, tmp_path):
+    folder = shutil.copytree(chapter(5).solution, tmp_path / "05", ignore=shutil.ignore_patterns("__pycache__"))
+    text = (folder / "scalar.cu").read_text().replace("    ", "\t").replace("\n", "\r\n")
+    (folder / "scalar.cu").write_bytes(b"\xef\xbb\xbf" + text.encode())
+    answer = Answer(workshop, folder)
+    built = cuda.build(answer, "fa2_cuda.py", "scalar", "scalar.cu", 64, torch.float16, False)
+    answer.close()
+    assert built.count("FFMA") > 0
+    stub = b"\xef\xbb\xbf// TODO: write it\r\nint x;\r\n"
+    (folder / "scalar.cu").write_bytes(stub)
+    answer = Answer(workshop, folder)
+    with pytest.raises(NotWritten, match="scalar.cu: line 1: write it"):
+        cuda.require_written(answer, "scalar.cu")
+    answer.close()
+
+
 def test_what_is_never_written_is_nan(ask):
     result = ask("import torch\ndef f(x):\n    o = torch.empty_like(x)\n    o[0, 0, :3] = 0\n    return o", X)
     assert result[0, 0, 3].isnan().all() and not result[0, 0, :3].isnan().any()
@@ -100,6 +131,80 @@ def test_damage_to_torch_stays_in_the_child_of_one_check(ask):
     vandal = "import torch\ntorch.exp = torch.equal = torch.manual_seed = None\ndef f(x): return 1"
     assert ask(vandal, X) == 1
     assert (ask("import torch\ndef f(x): return torch.exp(x)", X) > 0).all()
+
+
+VANDALS = {
+    "the reference": "import fa_reference.gold as g, fa_reference.error_rule as e\n"
+    "g.gold_attention = g.baseline_attention = e.gold_attention = lambda *a, **k: (a[0] * 0, a[0][..., 0] * 0)\n"
+    "e.FACTOR = 1e30\n",
+    "the judge": "import fa_reference.grading.properties as p\np.judged = p.judge = lambda *a, **k: None\n",
+    "its own module": "import sys\nsys.modules['fa_reference.error_rule'] = None\n",
+    "comparisons": "torch.equal = torch.allclose = torch.Tensor.__eq__ = lambda *a, **k: True\n",
+}
+
+
+@pytest.mark.parametrize("vandal", VANDALS.values(), ids=VANDALS)
+def test_an_answer_that_patches_what_judges_it_is_judged_all_the_same(workshop, tmp_path, vandal):
+    body = "def forward(q, k, v, *, causal, scale):\n    return q * 0, q[..., 0] * 0\n"
+    (tmp_path / "a.py").write_text(f"import torch\n{vandal}{body}")
+    answer = Answer(workshop, tmp_path)
+    with pytest.raises(CheckFailed, match="O is all zeros"):
+        attention(answer, "a.py", [Case(3, 5)])
+    answer.close()
+
+
+def test_global_state_of_torch_ends_with_the_check(ask):
+    state = "torch.set_default_dtype(torch.float64); torch.manual_seed(1); torch.set_flush_denormal(True)"
+    state += "; torch.set_grad_enabled(False); torch.set_num_threads(3)"
+    before = torch.random.get_rng_state()
+    assert ask(f"import torch\n{state}\ndef f(x): return torch.zeros(1)", X).dtype == torch.float64
+    assert ask("import torch\ndef f(x): return torch.zeros(1)", X).dtype == torch.float32
+    assert ask("import torch\ndef f(x): return torch.is_grad_enabled()", X) is True
+    assert torch.equal(before, torch.random.get_rng_state()) and torch.get_default_dtype() == torch.float32
+
+
+def test_megabytes_of_print_are_cut(workshop, tmp_path):
+    (tmp_path / "a.py").write_text("def f(x):\n    for i in range(10**5): print('row', i, 'x' * 90)\n    return i")
+    answer = Answer(workshop, tmp_path, time_limit=20.0)
+    assert answer.call("a.py", "f", X) == 10**5 - 1
+    assert len(answer.printed()) < 600 and "row 99999" in answer.printed()
+    answer.close()
+
+
+def test_processes_that_an_answer_starts_end_with_the_check(workshop, tmp_path):
+    source = (
+        "import subprocess, threading, time\ndef f(x): return subprocess.Popen(['sleep', '300']).pid\n"
+        "def g(x):\n    threading.Thread(target=time.sleep, args=(300,)).start()\n    return 1\n"
+    )
+    (tmp_path / "a.py").write_text(source)
+    answer = Answer(workshop, tmp_path)
+    pid = answer.call("a.py", "f", X)
+    assert answer.call("a.py", "g", X) == 1
+    answer.close()
+    time.sleep(0.2)
+    state = Path(f"/proc/{pid}/stat")
+    assert not state.exists() or state.read_text().split()[2] == "Z"
+
+
+@pytest.mark.parametrize(
+    ("returned", "words"),
+    [
+        ("q.to_sparse(), q[..., 0] * 1", "o must be a torch.Tensor; it is a torch.sparse_coo tensor"),
+        ("q.to('meta'), q[..., 0] * 1", "o must be a torch.Tensor; it is a meta tensor"),
+        ("q.to(torch.complex64), q[..., 0] * 1", "o must have dtype torch.float32; it has torch.complex64"),
+        ("[q * 1, q * 1, q * 1]", r"must return the pair \(o, lse\); it returned a list"),
+        ("q, q[..., 0] * 1", "shares memory with an input"),
+        ("(q * 1).requires_grad_(), q[..., 0] * 1", "likely bug|RMS error"),
+        ("q * 1, None", "lse must be a torch.Tensor; it is a NoneType"),
+        ("{'o': q * 1, 'lse': q[..., 0]}", r"must return the pair \(o, lse\); it returned a dict"),
+    ],
+)
+def test_odd_results_are_named(workshop, tmp_path, returned, words):
+    (tmp_path / "a.py").write_text(f"import torch\ndef forward(q, k, v, *, causal, scale):\n    return {returned}\n")
+    answer = Answer(workshop, tmp_path)
+    with pytest.raises(CheckFailed, match=words):
+        attention(answer, "a.py", [Case(3, 5)])
+    answer.close()
 
 
 def test_other_types_are_named(ask):

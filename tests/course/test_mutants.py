@@ -32,10 +32,10 @@ def trials_of():
 
 def recorded(answer: Patched) -> dict | None:
     """What a recorded matrix says of a mutant on a machine that can see it."""
-    number = str(answer.where_it_lives.number)
     for record in records():
-        for entry in record["chapters"].get(number, {"answers": []})["answers"]:
-            if entry["answer"] == answer.label and entry["states"].get(entry["check"]) not in (None, NOT_GRADED):
+        for entry in record["answers"]:
+            named = f"{entry['chapter']} {entry['answer']}" == key(answer)
+            if named and entry["states"].get(entry["check"]) not in (None, NOT_GRADED):
                 return entry
     return None
 
