@@ -23,9 +23,9 @@ multiplies it by itself:
     report = sm.run({"producer": producer, "consumer": consumer})
     print(report.table())
 
-Read it in this order: rules, timing, memory (who knows what is over), barriers, registers, arithmetic, agent and warpgroup (the
-instructions), sm (the event loop), trace and report, attention, and the schedules of chapters 6 to 10 (their solutions,
-with what they share in ring and two_stage).
+Read it in this order: rules, timing, memory (who knows what is over), barriers, registers, arithmetic, agent and
+warpgroup (the instructions), sm (the event loop), trace and report, attention, and the schedules of chapters 6 to 10
+(their solutions, with what they share in ring and two_stage).
 
 What the model leaves out: a warpgroup is one agent, so divergence and barriers among its own threads do not exist;
 swizzles, bank conflicts and descriptors; the order of keys in fp8 fragments; the compiler's order of instructions, and

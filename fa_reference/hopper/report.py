@@ -33,9 +33,8 @@ class Issued(NamedTuple):
 class Report:
     """One block on one SM.
 
-    busy: clocks that each unit worked ("wgmma", "exp", "FP32", "ALU", "convert", "smem",
-    "TMA"); registers: the most tiles
-    and counters held per thread; broken: rules broken in a run with check=False.
+    busy: clocks that each unit worked ("wgmma", "exp", "FP32", "ALU", "convert", "smem", "TMA"); registers: the most
+    tiles and counters held per thread; broken: rules broken in a run with check=False.
     """
 
     cycles: float

@@ -108,7 +108,8 @@ def plot_trace(
     tracks = workers + _tracks(spans, 1)
     figure = Figure(figsize=(12, 0.5 * len(tracks) + 1.2), layout="constrained")
     axes = figure.subplots()
-    for s in spans:
+    labelled: dict[int, float] = {}  # up to where a row has text
+    for s in sorted(spans, key=lambda s: s.start):
         left, right = max(s.start, start), min(s.stop, stop)
         color = COLORS.get(s.kind) or COLORS.get(s.track) or COLORS.get(s.name.split()[0], "#888888")
         shade = 1 - 0.25 * (workers.index(s.owner) % 3) if s.owner in workers else 1
@@ -118,7 +119,10 @@ def plot_trace(
             name = s.name.removeprefix(f"{s.track} ")
             text = name if s.iteration is None or s.kind == "wait" else f"{name} {s.iteration}"
             fits = int((right - left) / (stop - start) * 130)
-            axes.text((left + right) / 2, row, text[:fits], ha="center", va="center", fontsize=7)
+            middle, half = (left + right) / 2, len(text[:fits]) / 260 * (stop - start)
+            if middle - half >= labelled.get(row, start):
+                labelled[row] = middle + half
+                axes.text(middle, row, text[:fits], ha="center", va="center", fontsize=7)
     axes.set_yticks(range(len(tracks)), tracks)
     axes.set_xlim(start, stop)
     axes.set_xlabel("SM cycles")
