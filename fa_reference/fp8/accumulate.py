@@ -6,7 +6,7 @@ zero), and the rest is added exactly. So an accumulator keeps 14 significant bit
 beside a large sum are lost. A product's exponent is the sum of its factors' exponents (before it is normalised).
 Sources: Khattak and Mikaitis 2025, "Accurate models of NVIDIA tensor cores" (arXiv 2512.07004: H100, blocks of 32 made
 of two interleaved sixteens, 13 fraction bits, truncation); DeepSeek-V3 report, section 3.5.2; SageAttention2.
-This has not been compared with an H100 by this course yet.
+On an H100, lse of chapter 10's kernel differs from float32 sums by what this predicts, to two digits (lesson 10).
 """
 
 import torch
