@@ -39,6 +39,9 @@ class Fragment:
         if values.ndim != 2 or values.shape[0] != ROWS:
             raise IllegalOperand(f"a tile in registers has {ROWS} rows, this one is {values.shape}", **wg.where())
         self.wg, self._values, self.dtype = wg, values, dtype
+        columns = values.shape[1]
+        # 32-bit registers that each of the 128 threads holds
+        self.registers = 2 if columns == 1 else -(-columns * DTYPE_BYTES[dtype] // 8)
         self.in_flight: Group | None = None  # the wgmma group that uses these registers
         self.touched = wg.fences  # how many wgmma.fence came before the last access by another instruction
         wg.fragments.add(self)
@@ -47,12 +50,6 @@ class Fragment:
     def shape(self) -> tuple[int, int]:
         """(64, columns)."""
         return self._values.shape
-
-    @property
-    def registers(self) -> int:
-        """32-bit registers that each of the 128 threads holds."""
-        columns = self.shape[1]
-        return 2 if columns == 1 else -(-columns * DTYPE_BYTES[self.dtype] // 8)
 
     @property
     def values(self) -> np.ndarray:
