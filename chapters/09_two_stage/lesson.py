@@ -83,6 +83,18 @@ for words, old_schedule, options in (
     print(f"{words}: {old.cycles:,.0f} -> {new.cycles:,.0f} cycles ({new.cycles / old.cycles - 1:+.1%}); {busy}")
 
 # %% [markdown]
+# **Predict.** In chapter 7 one slot for K and one for V were enough, on the model. And here?
+
+# %%
+my_prediction_one_slot = None
+cycles = {stages: hopper.model_run(schedule, stages=stages).cycles for stages in (1, 2, 3)}
+for stages, n in cycles.items():
+    print(f"{stages} slots: {n:,.0f} cycles ({n / cycles[2] - 1:+.1%})")
+
+# %% [markdown]
+# K of block n is wanted while V of block n - 1 is still being read, and the producer, which loads in one order, is
+# stuck behind that V. Two slots are what the pipeline runs on; a third adds nothing.
+#
 # ## What it takes
 #
 # `wgmma_wait<N>` waits until at most the N newest groups are unfinished. Groups finish in the order in which they
