@@ -1,4 +1,4 @@
-"""NVIDIA's compute-sanitizer on the CUDA kernels of chapters 5 to 9 and cuda/fa3_forward; records what it says.
+"""NVIDIA's compute-sanitizer on the CUDA kernels of chapters 5 to 10 and of cuda/; records what it says.
 
     python tests/sanitizers.py [--out results]            # on a Hopper GPU with compute-sanitizer, about two minutes
 
@@ -24,6 +24,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "cuda")]
 
 from fa_reference.bench import record as records  # noqa: E402
+from fa_reference.fp8 import random_signs  # noqa: E402
 from fa_reference.versions import load_file  # noqa: E402
 
 TOOLS = ("memcheck", "racecheck", "synccheck")
@@ -38,16 +39,23 @@ HOPPER = {
 # name -> (tool that must report it, folder of solutions/, file, text, its replacement, what is wrong)
 _FREE = "        __syncthreads();  // everyone has finished with the tiles of the block before\n"
 _ROWS = "        if (r >= problem.len_q) continue;\n"
-_END = "    p.lse[(static_cast<long long>(batch) * p.heads_q + head) * p.len_q + row] = LN_2 * (m + log2f(l));\n"
+_TILES = "        __syncthreads();  // everyone's part of the tiles is there\n"
 PLANTED = {
     "rows past the end are stored": ("memcheck", "09_two_stage", "fa3.cu", _ROWS, ""),
     "a tile is overwritten while others read it": ("racecheck", "05_cuda", "tiles.cu", _FREE, ""),
-    "a barrier that half of a warp never reaches": (
+    "a barrier that only one warp comes to": (
         "synccheck",
         "05_cuda",
         "tiles.cu",
-        _END,
-        _END + "    if (threadIdx.x % 2) __syncthreads();\n",
+        _TILES,
+        _TILES.replace("        __sync", "        if (threadIdx.x < 32) __sync"),
+    ),
+    "a warp barrier whose mask leaves out who calls it": (
+        "synccheck",
+        "05_cuda",
+        "tiles.cu",
+        _TILES,
+        _TILES + "        __syncwarp(threadIdx.x % 32 < 16 ? 0xffff0000u : 0x0000ffffu);\n",
     ),
 }
 
@@ -84,6 +92,8 @@ def launch(which: str) -> None:
         forward(q, k, v, causal=causal)
     else:
         import fa3_forward
+        import fa3_forward_fp8
+        import quantise_fp8
 
         chapter5 = load_file(ROOT / "solutions" / "05_cuda" / "fa2_cuda.py")
         steps = [chapter5.forward_scalar, chapter5.forward_tiles, chapter5.forward_tensor_cores, chapter5.forward]
@@ -91,8 +101,16 @@ def launch(which: str) -> None:
         for q, k, v, causal in problems():
             for forward in (*steps, *(host.forward for host in hosts), fa3_forward.forward):
                 forward(q, k, v, causal=causal)
-        big = torch.randn(3, 1, 1, 200, 256, device="cuda", dtype=torch.bfloat16)
-        fa3_forward.forward(*big, causal=True)
+        chapter10 = load_file(ROOT / "solutions" / "10_fp8" / "fp8.py")
+        for head_dim in fa3_forward.HEAD_DIMS:
+            q, k, v = torch.randn(3, 1, 2, 200, head_dim, device="cuda", dtype=torch.bfloat16)
+            fa3_forward.forward(q, k, v, causal=True)
+            signs = random_signs(head_dim).to(q.device)
+            for v_transposed in (False, True):
+                codes = quantise_fp8.quantise(q, k, v, signs=signs, v_transposed=v_transposed)
+                fa3_forward_fp8.forward_fp8(**vars(codes), causal=True)
+            if head_dim == 128:
+                chapter10.forward_fp8(**chapter10.quantised(q, k, v), causal=True)
     torch.cuda.synchronize()
 
 
