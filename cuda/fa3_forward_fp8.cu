@@ -13,8 +13,6 @@
 //                block is redone when a code reached 448, the code that overflow saturates to.
 //   exponentials at head_dim 64 and 128 the exponential unit is as busy as the tensor cores, or busier, so that some of
 //                them are computed by a polynomial on the FMA units.
-//
-// Layouts: a shared tile is [columns / span][rows][span] bytes, swizzled over the span of 128, 64 or 32 bytes.
 #include "hopper/base.cuh"
 #include "hopper/fp8.cuh"
 #include "hopper/mbarrier.cuh"
@@ -23,8 +21,6 @@
 #include "hopper/sync.cuh"
 #include "hopper/tma.cuh"
 #include "hopper/wgmma.cuh"
-
-using u8 = unsigned char;
 
 // ---- configuration: set by the host (fa3_forward_fp8.py) -----------------------------------------------------------
 constexpr int kHeadDim = FA_HEAD_DIM;
@@ -37,7 +33,6 @@ constexpr bool kTurnsValues = FA_TURNS_VALUES;  // V comes as (keys, head_dim) a
 constexpr bool kPingpong = FA_PINGPONG;
 constexpr bool kTwoLevel = FA_TWO_LEVEL;        // sum each block's P V from zero, and the blocks in true fp32
 constexpr int kPolynomial = FA_POLYNOMIAL;      // of eight exponentials this many by polynomial
-constexpr bool kDirectStore = FA_DIRECT_STORE;  // of O, registers -> global memory, not through shared memory and TMA
 constexpr int kProducerRegisters = FA_PRODUCER_REGISTERS, kConsumerRegisters = FA_CONSUMER_REGISTERS;
 
 constexpr int kBlockQ = 64 * kConsumers;
@@ -52,10 +47,7 @@ constexpr int kOutputColumns = kHeadDim < 128 ? kHeadDim : 128;  // of O that ar
 constexpr int kTurningThreads = 96;
 constexpr int kTurnedAtOnce = kProducerRegisters >= 40 ? 4 : 2;  // pieces of V in registers
 constexpr float kOffset = 5.0f;
-#ifndef FA_MIXED
-#define FA_MIXED 4
-#endif
-constexpr int kMixed = FA_MIXED;
+constexpr int kMixed = 4;  // registers of P whose exponentials the compiler may reorder
 
 // Names of the barriers in the debug build's deadlock record; fa3_forward_fp8.py has the same list.
 enum BarrierName { Q_FULL, Q_EMPTY, K_FULL, K_EMPTY, V_FULL, V_EMPTY, TURNED_FULL, TURNED_EMPTY };
@@ -63,12 +55,12 @@ constexpr u32 kTurnBarrier = 1;  // named barriers 1 .. kConsumers: the turn of 
 constexpr u32 kOutputBarrier = kTurnBarrier + kConsumers;  // as many again: consumer 0, 1, ... with itself
 
 #include "attention_tiles.cuh"
+#include "turn_values.cuh"
 
 struct Problem : Schedule {
     int q_scales, k_scales, v_scales;  // of one head: 1, or one for every kScaleRows rows; of V 1 or kHeadDim
     float scale;
-    long long o_stride_batch, o_stride_head, o_stride_row;  // in elements
-    const float *q_scale, *k_scale, *v_scale;               // (batch, heads, scales of one head), contiguous
+    const float *q_scale, *k_scale, *v_scale;  // (batch, heads, scales of one head), contiguous
 };
 
 struct Shared {
@@ -76,88 +68,12 @@ struct Shared {
     alignas(1024) u8 k[kStages][kBlockK * kHeadDim];
     alignas(1024) u8 v[kStages][kBlockK * kHeadDim];  // as it came
     alignas(1024) u8 turned[kTurnsValues ? kStages : 1][kTurnsValues ? kBlockK * kHeadDim : 1024];
-    alignas(1024) u16 o[kDirectStore ? 1 : kConsumers][kDirectStore ? 512 : 64 * kOutputColumns];
+    alignas(1024) u16 o[kConsumers][64 * kOutputColumns];
     u64 q_full[kQueryStages], q_empty[kQueryStages];
     u64 k_full[kStages], k_empty[kStages], v_full[kStages], v_empty[kStages];
     u64 turned_full[kStages], turned_empty[kStages];
     Tile tile[kQueryStages];  // published together with q_full
 };
-
-// ---- shared-memory layout ------------------------------------------------------------------------------------------
-// Where byte `offset` of an unswizzled tile lies: 16-byte chunks of a span are exchanged by the row's number, which
-// stands in the offset's bits from 7 on. PTX ISA: "Swizzling Modes".
-template <int kSpanBytes>
-__device__ __forceinline__ u32 swizzle(u32 offset) {
-    return offset ^ ((offset >> 7) & (kSpanBytes / 16 - 1)) << 4;
-}
-
-// Descriptor of a K-major operand whose swizzle spans 128, 64 or 32 bytes (mode 1, 2 or 3): 8 rows are 8 spans.
-template <int kSpanBytes>
-__device__ __forceinline__ u64 k_major_descriptor(const void* tile) {
-    constexpr u64 kMode = kSpanBytes == 128 ? 1 : kSpanBytes == 64 ? 2 : 3;
-    return (wgmma_descriptor(shared_address(tile), 16, 8 * kSpanBytes) & ~(3ull << 62)) | kMode << 62;
-}
-
-// Bytes from the first 32 columns of a tile of `rows` rows to the 32 columns of `step`.
-template <int kSpanBytes>
-__device__ __forceinline__ constexpr u32 step_offset(int step, int rows) {
-    return step / (kSpanBytes / 32) * rows * kSpanBytes + step % (kSpanBytes / 32) * 32;
-}
-
-// ---- turning V -----------------------------------------------------------------------------------------------------
-// V (keys, channels) -> V^T (channels, keys), by `kTurningThreads` threads. A warp takes 32 keys x 16 channels at a time:
-// ldmatrix transposes 16-bit units, so that a register holds two channels of two keys; prmt parts the channels of two
-// such registers, which brings keys 2 t, 2 t + 1, 2 t + 8, 2 t + 9 together: the order that P has. Loads of several such
-// pieces come first, then their stores, so that the latencies overlap.
-__device__ __forceinline__ void turn_block(const u8* v, u8* turned, int warp, int lane) {
-    constexpr int kKeyGroups = kBlockK / 32;
-    constexpr int kPieces = kKeyGroups % kTurnedAtOnce == 0 ? kTurnedAtOnce : kKeyGroups % 3 == 0 ? 3 : 2;  // at once
-    constexpr int kChannelGroups = kHeadDim / 16, kItems = kChannelGroups * kKeyGroups / kPieces;
-    static_assert(kKeyGroups % kPieces == 0, "a block has 32 or 64 keys, or a multiple of 96 or 128");
-    const u32 source = shared_address(v), target = shared_address(turned);
-#pragma unroll 1
-    for (int item = warp; item < kItems; item += kTurningThreads / 32) {
-        const int channels = item % kChannelGroups * 16, keys = item / kChannelGroups * kPieces * 32;
-        const u32 from = source + channels / kSpan * kBlockK * kSpan + keys * kSpan +
-                         swizzle<kSpan>(lane * kSpan + channels % kSpan);
-        u32 in[kPieces][4];
-#pragma unroll
-        for (int i = 0; i < kPieces; ++i) ldmatrix_x4_transposed(in[i], from + i * 32 * kSpan);
-        const u32 row = channels + lane / 16 * 8 + lane % 8;
-        const u32 to = target + swizzle<kTurnedSpan>(row * kTurnedSpan + lane / 8 % 2 * 16);
-#pragma unroll
-        for (int i = 0; i < kPieces; ++i) {
-            const u32 out[4] = {
-                byte_permute(in[i][0], in[i][1], 0x6420), byte_permute(in[i][2], in[i][3], 0x6420),   // even channels
-                byte_permute(in[i][0], in[i][1], 0x7531), byte_permute(in[i][2], in[i][3], 0x7531)};  // odd ones
-            const u32 key = keys + i * 32;  // exclusive or: columns of a span are exchanged, not moved
-            stmatrix_x4((to ^ key % kTurnedSpan) + key / kTurnedSpan * kHeadDim * kTurnedSpan, out);
-        }
-    }
-}
-
-__device__ __forceinline__ void turn_values(Shared& shared, int warp, int lane) {
-    Cursor<kQueryStages> q_cursor;
-    Cursor<kStages> cursor;
-    while (true) {
-        const u32 q_slot = q_cursor.slot();
-        mbarrier_wait(&shared.q_full[q_slot], q_cursor.parity(), Q_FULL, q_cursor.count);
-        const int key_blocks = shared.tile[q_slot].key_blocks;
-        mbarrier_arrive(&shared.q_empty[q_slot]);
-        ++q_cursor.count;
-        if (key_blocks < 0) break;
-        for (int block = key_blocks - 1; block >= 0; --block) {
-            const u32 slot = cursor.slot();
-            mbarrier_wait(&shared.v_full[slot], cursor.parity(), V_FULL, block);
-            mbarrier_wait(&shared.turned_empty[slot], cursor.parity() ^ 1, TURNED_EMPTY, block);
-            turn_block(shared.v[slot], shared.turned[slot], warp, lane);
-            fence_proxy_async();  // wgmma reads through the asynchronous proxy
-            mbarrier_arrive(&shared.turned_full[slot]);
-            mbarrier_arrive(&shared.v_empty[slot]);
-            ++cursor.count;
-        }
-    }
-}
 
 // ---- softmax -------------------------------------------------------------------------------------------------------
 // What a thread keeps for its two rows (l / 4 and l / 4 + 8 of its warp's 16).
@@ -295,7 +211,7 @@ __device__ __forceinline__ void output(const float (&o)[kHeadDim / 2], const flo
 
 // ---- consumer ------------------------------------------------------------------------------------------------------
 __device__ __forceinline__ void consume(Shared& shared, const int consumer, const TensorMap& o_map,
-                                        u16* o_pointer, float* lse_pointer, const Problem& problem) {
+                                        float* lse_pointer, const Problem& problem) {
     const int thread = threadIdx.x % 128, lane = thread % 32;
     const int row_in_tile = 64 * consumer + 16 * (thread / 32) + lane / 4;
     auto& values = [&]() -> auto& {
@@ -464,44 +380,36 @@ __device__ __forceinline__ void consume(Shared& shared, const int consumer, cons
         }
         const float* v_scale = problem.v_scale + static_cast<long long>(flat_key_head) * problem.v_scales;
         const bool per_channel = problem.v_scales > 1;
-        if constexpr (kDirectStore) {
-            u16* o_top = o_pointer + tile.batch * problem.o_stride_batch + tile.head * problem.o_stride_head +
-                         row * problem.o_stride_row;
-            output<kHeadDim>(o, inverse, v_scale, per_channel, 0, lane, [&](int half, int channel, uint2 four) {
-                if (8 * half < rows_left)
-                    *reinterpret_cast<uint2*>(o_top + half * 8 * problem.o_stride_row + channel) = four;
-            });
-        } else {  // through shared memory, under the 128-byte swizzle; TMA leaves out rows past the end
-            char* o_smem = reinterpret_cast<char*>(shared.o[consumer]);
-            const int row_in_o = 16 * (thread / 32) + lane / 4;
+        // Through shared memory, under the 128-byte swizzle; TMA leaves out rows past the end.
+        char* o_smem = reinterpret_cast<char*>(shared.o[consumer]);
+        const int row_in_o = 16 * (thread / 32) + lane / 4;
 #pragma unroll
-            for (int first = 0; first < kHeadDim; first += kOutputColumns) {
-                if (thread == 0) tma_store_wait_read<0>();  // the store before has read o_smem
-                named_barrier_sync(kOutputBarrier + consumer, 128);
-                output<kOutputColumns>(o, inverse, v_scale, per_channel, first, lane,
-                                       [&](int half, int channel, uint2 four) {
-                                           const u32 in_block = (row_in_o + 8 * half) * 128 + channel % 64 * 2;
-                                           char* place = o_smem + channel / 64 * 64 * 128 + swizzle<128>(in_block);
-                                           *reinterpret_cast<uint2*>(place) = four;
-                                       });
-                fence_proxy_async();
-                named_barrier_sync(kOutputBarrier + consumer, 128);
-                if (thread == 0) {
-                    tma_store_5d(&o_map, o_smem, 0, tile.query_start + 64 * consumer, first / 64, tile.head,
-                                 tile.batch);
-                    tma_store_commit();
-                }
+        for (int first = 0; first < kHeadDim; first += kOutputColumns) {
+            if (thread == 0) tma_store_wait_read<0>();  // the store before has read o_smem
+            named_barrier_sync(kOutputBarrier + consumer, 128);
+            output<kOutputColumns>(o, inverse, v_scale, per_channel, first, lane,
+                                   [&](int half, int channel, uint2 four) {
+                                       const u32 in_block = (row_in_o + 8 * half) * 128 + channel % 64 * 2;
+                                       char* place = o_smem + channel / 64 * 64 * 128 + swizzle<128>(in_block);
+                                       *reinterpret_cast<uint2*>(place) = four;
+                                   });
+            fence_proxy_async();
+            named_barrier_sync(kOutputBarrier + consumer, 128);
+            if (thread == 0) {
+                tma_store_5d(&o_map, o_smem, 0, tile.query_start + 64 * consumer, first / 64, tile.head,
+                             tile.batch);
+                tma_store_commit();
             }
         }
     }
-    if (!kDirectStore && thread == 0) tma_store_wait_read<0>();  // shared memory must live until then
+    if (thread == 0) tma_store_wait_read<0>();  // shared memory must live until then
 }
 
 // ---- the kernel ----------------------------------------------------------------------------------------------------
 extern "C" __global__ void __launch_bounds__(kThreads, 1)
     fa3_forward_fp8(const __grid_constant__ TensorMap q_map, const __grid_constant__ TensorMap k_map,
-                    const __grid_constant__ TensorMap v_map, const __grid_constant__ TensorMap o_map, u16* o,
-                    float* lse, u32* tile_counter, const __grid_constant__ Problem problem) {
+                    const __grid_constant__ TensorMap v_map, const __grid_constant__ TensorMap o_map, float* lse,
+                    u32* tile_counter, const __grid_constant__ Problem problem) {
     extern __shared__ __align__(1024) unsigned char shared_bytes[];
     Shared& shared = *reinterpret_cast<Shared*>(shared_bytes);
     const int warpgroup = warp_uniform(threadIdx.x / 128);
@@ -534,6 +442,6 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1)
         }
     } else {
         registers_claim_up_to<kConsumerRegisters>();
-        consume(shared, warpgroup - 1, o_map, o, lse, problem);
+        consume(shared, warpgroup - 1, o_map, lse, problem);
     }
 }

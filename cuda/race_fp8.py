@@ -237,12 +237,9 @@ def two_level(clock: CudaClock) -> list[dict]:
 def _variants(head_dim: int, causal: bool, length: int) -> dict[str, tuple[fp8.Config, bool]]:
     """name -> (tile sizes, V comes transposed): changes of the kernel to compare with."""
     main, change = fp8.CONFIGS[head_dim, causal], dataclasses.replace
-    found = {"O stored directly": (change(main, direct_store=True), True)}
-    found["without turns"] = change(main, pingpong=False), True
-    if head_dim == 64:
-        found["without turns, no polynomial"] = change(main, pingpong=False, polynomial=0), True
-    if head_dim == 128:
-        found["3 stages"] = change(main, stages=3), True
+    found = {"with turns": (change(main, pingpong=True), True), "3 stages": (change(main, stages=3), True)}
+    turning = fp8.TURNING_CONFIGS[head_dim, causal]
+    found["V turned inside, without turns"] = change(turning, pingpong=False), False
     if head_dim < 256 and length == POLYNOMIAL_AT:
         found |= {f"polynomial {n} of 8": (change(main, polynomial=n), True) for n in range(4) if n != main.polynomial}
     return found
