@@ -122,8 +122,8 @@ report = run_attention(schedule, *case.make()).report
 display(report.plot(start=0.45 * report.cycles, stop=0.8 * report.cycles))
 
 # %% [markdown]
-# The upper row is the warpgroup: grey where it waits, orange where it computes. Below it are the units. Numbers are
-# blocks.
+# The upper row is the warpgroup: light grey where it waits, dark grey where it issues products, orange where it
+# computes. Below it are the units. Numbers are blocks.
 #
 # **Predict.** In how many percent of the cycles do the tensor cores work? While they do, what does the warpgroup do?
 
