@@ -36,9 +36,12 @@ __device__ __forceinline__ void softmax_steps(u32* out, const u32* data, int rou
 extern "C" __global__ void __launch_bounds__(256, 1) beside(u32* out, const u32* data, int mode, int rounds, float c) {
     extern __shared__ __align__(1024) unsigned char shared_bytes[];
     Shared& shared = *reinterpret_cast<Shared*>(shared_bytes);
-    for (u32 i = threadIdx.x; i < sizeof(shared.q) / 4; i += 256) reinterpret_cast<u32*>(shared.q)[i] = 0x3c003b80u + i % 61;
-    for (u32 i = threadIdx.x; i < sizeof(shared.k) / 4; i += 256) reinterpret_cast<u32*>(shared.k)[i] = 0x3c003b80u + i % 61;
-    for (u32 i = threadIdx.x; i < sizeof(shared.v) / 4; i += 256) reinterpret_cast<u32*>(shared.v)[i] = 0x3c003b80u + i % 61;
+    auto fill = [](u16* tile, u32 bytes) {
+        for (u32 i = threadIdx.x; i < bytes / 4; i += 256) reinterpret_cast<u32*>(tile)[i] = 0x3c003b80u + i % 61;
+    };
+    fill(shared.q, sizeof(shared.q));
+    fill(shared.k[0], sizeof(shared.k));
+    fill(shared.v[0], sizeof(shared.v));
     fence_proxy_async();
     __syncthreads();
     const int warpgroup = warp_uniform(threadIdx.x / 128);

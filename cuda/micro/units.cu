@@ -7,11 +7,31 @@
 
 constexpr int kRounds = 128;
 
-struct Fma { static __device__ __forceinline__ void run(float& x, float& y) { asm volatile("fma.rn.f32 %0, %0, %1, %1;" : "+f"(x) : "f"(y)); } };
-struct Add { static __device__ __forceinline__ void run(float& x, float& y) { asm volatile("add.f32 %0, %0, %1;" : "+f"(x) : "f"(y)); } };
-struct Mul { static __device__ __forceinline__ void run(float& x, float& y) { asm volatile("mul.f32 %0, %0, %1;" : "+f"(x) : "f"(y)); } };
-struct Max { static __device__ __forceinline__ void run(float& x, float& y) { asm volatile("max.f32 %0, %1, %0;" : "+f"(x) : "f"(y)); } };
-struct Exp { static __device__ __forceinline__ void run(float& x, float&) { asm volatile("ex2.approx.ftz.f32 %0, %0;" : "+f"(x)); } };
+struct Fma {
+    static __device__ __forceinline__ void run(float& x, float& y) {
+        asm volatile("fma.rn.f32 %0, %0, %1, %1;" : "+f"(x) : "f"(y));
+    }
+};
+struct Add {
+    static __device__ __forceinline__ void run(float& x, float& y) {
+        asm volatile("add.f32 %0, %0, %1;" : "+f"(x) : "f"(y));
+    }
+};
+struct Mul {
+    static __device__ __forceinline__ void run(float& x, float& y) {
+        asm volatile("mul.f32 %0, %0, %1;" : "+f"(x) : "f"(y));
+    }
+};
+struct Max {
+    static __device__ __forceinline__ void run(float& x, float& y) {
+        asm volatile("max.f32 %0, %1, %0;" : "+f"(x) : "f"(y));
+    }
+};
+struct Exp {
+    static __device__ __forceinline__ void run(float& x, float&) {
+        asm volatile("ex2.approx.ftz.f32 %0, %0;" : "+f"(x));
+    }
+};
 struct ToBf16 {
     static __device__ __forceinline__ void run(float& x, float& y) {
         asm volatile("{\n.reg .b32 t;\ncvt.rn.bf16x2.f32 t, %0, %1;\nmov.b32 %0, t;\n}" : "+f"(x) : "f"(y));
