@@ -3,6 +3,7 @@
 The learner's kernel runs in the child process (simulate.py); inputs are made and outputs judged here.
 """
 
+import json
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import count
@@ -97,7 +98,7 @@ def simulate(
         if right is None or not torch.equal(o, right):
             _judge(o, lse, qkv, problem, measure, words)
             right = o
-        timeline = Timeline(result["spans"], result["issued"], block_k, problem.head_dim) if trace else None
+        timeline = Timeline(*json.loads(result["trace"]), block_k, problem.head_dim) if trace else None
         done.append(Run(words, timeline))
     return done
 

@@ -3,6 +3,7 @@
 Runs where the learner's code runs. It only computes: outputs and traces go to the grader, which judges them.
 """
 
+import json
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -28,8 +29,9 @@ def kernel(
     """Run a schedule on one problem, once for every dict of options in `runs`; stops at the first run that fails.
 
     q (B, H_q, N_q, d), k and v (B, H_kv, N_k, d) hold values of `dtype` in float32; `options` (causal, scale,
-    block_k, ...) are the same for all runs. A result is {"o", "lse"}, with `trace` also {"spans", "issued"} of the
-    first block, or {"failure": {kind, message}} as the worker describes one; kind "rule" is a broken rule.
+    block_k, ...) are the same for all runs. A result is {"o", "lse"}, with `trace` also the JSON of the first block's
+    spans and issued instructions under "trace"; or it is {"failure": {kind, message}} as the worker describes one, with
+    the kind "rule" for a broken rule.
     """
     q, k, v = (x.to(getattr(torch, dtype)) for x in (q, k, v))
     folder = Path(schedule.__file__).parent
@@ -49,6 +51,6 @@ def kernel(
             return [*results, {"failure": describe(error, folder)}]
         result: dict[str, Any] = {"o": done.o.float(), "lse": done.lse}
         if trace:
-            result |= {name: [tuple(x) for x in getattr(done.report, name)] for name in ("spans", "issued")}
+            result["trace"] = json.dumps([done.report.spans, done.report.issued])
         results.append(result)
     return results
