@@ -8,7 +8,7 @@
 // An event is one 16-byte store to global memory, and nobody waits for it. There is no counter of events, which would
 // have to live in a register of every kernel: the time itself is the place. Events of a warpgroup never begin within
 // the same four clocks, so one that began at clock t goes to slot t / 4, modulo the number of slots; the host sorts.
-// Recording costs about 25 clocks an event all the same; the host measures how much slower the kernel became.
+// Recording costs 15 to 35 clocks an event all the same; the host measures how much slower the kernel became.
 // fa_reference/kernels/trace.py reads the events, spans.py says what lies between them.
 // PTX ISA: "Special Registers: %clock".
 #pragma once
