@@ -24,6 +24,7 @@ from typing import Any
 import torch
 
 from fa_reference.error_rule import judge
+from fa_reference.grading.worker import poison_new_tensors, refuse_overruns
 from fa_reference.inputs import KINDS, LAYOUTS, Case
 from fa_reference.versions import VERSIONS, Version, load_version
 
@@ -59,6 +60,7 @@ def run_case(forward: Callable, case: Case, device: str, **options: Any) -> str 
     before = [x.clone() for x in (q, k, v)]
     try:
         o, lse = forward(q, k, v, causal=case.causal, scale=case.scale, **options)
+        refuse_overruns()
     except Exception as error:  # noqa: BLE001 - whatever it raises is a finding
         return f"{type(error).__name__}: {str(error)[:300]}"
     if (o.shape, o.dtype, lse.shape, lse.dtype) != (q.shape, q.dtype, q.shape[:3], torch.float32):
@@ -78,8 +80,6 @@ def forwards(version: Version) -> dict[str, Callable]:
 
 def fuzz(names: Sequence[str], cases: int, seconds: float, seed: int, longest: int) -> dict[str, Any]:
     """Try random problems on these kernels (names as `forwards` gives them) in turns; the counts and what failed."""
-    from fa_reference.grading.worker import poison_new_tensors
-
     poison_new_tensors()
     kernels = [(v, name, f) for v in candidates() for name, f in forwards(v).items() if name in names]
     chance, began = random.Random(seed), time.monotonic()

@@ -9,7 +9,7 @@ import json
 import re
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -25,6 +25,10 @@ from fa_reference.grading.trials import Trial, problem, run_apart
 RESULTS = ROOT / "results"
 
 
+# Starting a process costs some seconds, losing one costs its answers.
+SHARE = 40
+
+
 def device_name() -> str:
     """The GPU's name, or cpu."""
     return torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
@@ -35,18 +39,19 @@ def record_path(device: str) -> Path:
     return RESULTS / f"kill_matrix_{re.sub('[^a-z0-9]+', '-', device.lower().removeprefix('nvidia ')).strip('-')}.json"
 
 
-def run_matrix(answers: Sequence[Patched], everything: bool, jobs: int) -> dict[str, list[Trial]]:
-    """Trials by answer, keyed `chapter label`; every process takes answers of one chapter."""
+def run_matrix(answers: Sequence[Patched], everything: bool, jobs: int) -> Iterator[tuple[Patched, list[Trial]]]:
+    """Every answer with its trials, as they come; a process takes up to SHARE answers of one chapter."""
     parts = []
     for number in sorted({a.where_it_lives.number for a in answers}):
         labels = [a.label for a in answers if a.where_it_lives.number == number]
-        share = max(1, -(-len(labels) // jobs)) if jobs > 1 else len(labels)
+        share = min(SHARE, max(1, -(-len(labels) // jobs)))
         parts += [(number, labels[i : i + share], everything) for i in range(0, len(labels), share)]
-    trials: dict[str, list[Trial]] = {key(a): [] for a in answers}
+    waiting = {key(a): a for a in answers}
     for done in run_apart(parts, jobs):
-        for trial in done:
-            trials[f"{trial.chapter} {trial.answer}"].append(trial)
-    return trials
+        for name in dict.fromkeys(f"{t.chapter} {t.answer}" for t in done):
+            yield waiting.pop(name), [t for t in done if f"{t.chapter} {t.answer}" == name]
+    for answer in waiting.values():  # no check of this name
+        yield answer, []
 
 
 def key(answer: Patched) -> str:
@@ -54,7 +59,7 @@ def key(answer: Patched) -> str:
     return f"{answer.where_it_lives.number} {answer.label}"
 
 
-def entry(answer: Patched, runs: Sequence[Sequence[Trial]]) -> dict[str, Any]:
+def entry(answer: Patched, runs: Sequence[Sequence[Trial]], every_check: bool) -> dict[str, Any]:
     """What is recorded of one answer: the state of every check that ran, and whether it was the same in every run."""
     first = runs[0]
     today = datetime.now(UTC).date().isoformat()
@@ -71,6 +76,7 @@ def entry(answer: Patched, runs: Sequence[Sequence[Trial]]) -> dict[str, Any]:
         "problem": problem(answer, first),
         "date": today,
         "torch": torch.__version__,
+        "every_check": every_check or not answer.is_mutant,
         "repetitions": len(runs),
         "same_in_every_run": all({f"{t.checked_in}: {t.check}": t.state for t in r} == states for r in runs[1:]),
     }
@@ -104,7 +110,10 @@ def _show(answer: Patched, e: dict[str, Any], trials: Sequence[Trial], talkative
     not_here = e["states"].get(e["check"]) == NOT_GRADED
     mark = "✗" if e["problem"] else "–" if not_here else "✓"
     kind = "mutant" if answer.is_mutant else "variant"
-    print(f"{mark} {answer.where_it_lives.number} {kind} {answer.label}: {len(killers)} of {len(trials)} checks fail")
+    print(
+        f"{mark} {answer.where_it_lives.number} {kind} {answer.label}: {len(killers)} of {len(trials)} checks fail",
+        flush=True,
+    )
     if e["problem"]:
         print(f"    {e['problem']}")
     for t in killers if talkative else ():
@@ -146,22 +155,25 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print("cannot run: no mutant or variant fits")
         return 2
     began = time.monotonic()
-    runs = [run_matrix(answers, not options.quick, options.jobs) for _ in range(options.repeat)]
-    entries = []
-    for answer in answers:
-        e = entry(answer, [run[key(answer)] for run in runs])
-        _show(answer, e, runs[0][key(answer)], options.messages)
-        entries.append(e)
-    bad = [e for e in entries if e["problem"] or not e["same_in_every_run"]]
+    runs: dict[str, list[list[Trial]]] = {key(a): [] for a in answers}
+    entries: dict[str, dict[str, Any]] = {}
+    measured: dict[str, Any] = {"device": device_name(), "answers": []}
+    for number in range(options.repeat):
+        for answer, trials in run_matrix(answers, not options.quick, options.jobs):
+            runs[key(answer)].append(trials)
+            entries[key(answer)] = entry(answer, runs[key(answer)], not options.quick)
+            if number == 0:
+                _show(answer, entries[key(answer)], trials, options.messages)
+            measured["answers"] = list(entries.values())
+            if options.json:  # now, so that a run which is cut off leaves what it found
+                options.json.write_text(json.dumps(measured, indent=1) + "\n", encoding="utf-8")
+    bad = [e for e in entries.values() if e["problem"] or not e["same_in_every_run"]]
     mutants = sum(a.is_mutant for a in answers)
     elsewhere = sum(a.where != ANYWHERE for a in answers)
     print(
         f"{mutants} mutants ({elsewhere} need a GPU), {len(answers) - mutants} correct variants, on {device_name()}: "
         f"{len(bad)} judged wrongly or not always alike, {options.repeat} runs, {time.monotonic() - began:.0f} s"
     )
-    measured = {"device": device_name(), "answers": entries}
-    if options.json:
-        options.json.write_text(json.dumps(measured, indent=1) + "\n", encoding="utf-8")
     if options.write:
         print(f"wrote {merge(measured)}")
         print(f"wrote {write_page()}")

@@ -18,7 +18,8 @@ Every mutant (a solution with one bug) and every correct variant, against every 
 `make mutants`; the format of the mutants is in [README.md](README.md).
 
 `X` the check fails, `*` it fails and is the one that must, with words that name the bug, `.` it passes, `-` it needs
-other hardware; blank: it does not read the file. A mutant should have a `*`, a correct variant no `X` at all.
+other hardware; blank: it does not read the file, or it was not tried. A mutant should have a `*`, a correct variant no
+`X` at all.
 """
 
 

@@ -13,6 +13,9 @@ from fa_reference.grading.check import CannotRun, CheckFailed, NotWritten
 from fa_reference.grading.diagnose import diagnose
 from fa_reference.inputs import Case
 
+# Failures of a call that leave open which line is wrong: what the check is about helps.
+UNCLEAR = ("killed by", "wrote past the end")
+
 
 def fresh_seed() -> int:
     """A seed that differs in every run; a failing case prints it."""
@@ -86,7 +89,7 @@ def attention(
         except (NotWritten, CannotRun):
             raise
         except CheckFailed as failure:
-            about = f"\nthis check is about: {bug}" if bug and "killed by" in str(failure) else ""
+            about = f"\nthis check is about: {bug}" if bug and any(w in str(failure) for w in UNCLEAR) else ""
             raise CheckFailed(f"{failure}{about}\nsmallest failing case: {case}") from None
         judged(o, lse, (q, k, v), case, bug)
 

@@ -6,8 +6,8 @@ one preloaded process, so that a trial costs little more than the learner's code
 
 import multiprocessing
 import tempfile
-from collections.abc import Callable, Sequence
-from concurrent.futures import ProcessPoolExecutor
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -118,11 +118,12 @@ def run_trials(number: int, labels: Sequence[str], everything: bool = False) -> 
     return plugin.trials
 
 
-def run_apart(parts: Sequence[tuple[int, Sequence[str], bool]], jobs: int = 1) -> list[list[Trial]]:
-    """`run_trials` for every part, each in a process of its own, `jobs` at a time."""
+def run_apart(parts: Sequence[tuple[int, Sequence[str], bool]], jobs: int = 1) -> Iterator[list[Trial]]:
+    """`run_trials` for every part, each in a process of its own, `jobs` at a time; results as they come."""
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(jobs, mp_context=context, max_tasks_per_child=1) as pool:
-        return list(pool.map(run_trials, *zip(*parts, strict=True)))
+        for done in as_completed([pool.submit(run_trials, *part) for part in parts]):
+            yield done.result()
 
 
 def problem(answer: Patched, trials: Sequence[Trial]) -> str | None:

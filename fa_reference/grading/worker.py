@@ -14,6 +14,7 @@ import socket
 import sys
 import time
 import traceback
+import weakref
 from functools import partial
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -47,13 +48,36 @@ class Forbid(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
 
+class Overrun(RuntimeError):
+    """The learner's code wrote past the end of a tensor."""
+
+
+# Memory behind every poisoned tensor: what a block of rows without a mask writes past the end lands there, and shows.
+GUARD_BYTES = 2**17
+_guards: list[weakref.finalize] = []
+_overrun: list[tuple[int, ...]] = []  # shapes of tensors behind which something was written
+
+
 def poison_new_tensors() -> None:
-    """Fill what torch.empty and its relatives return with NaN: an element that is never written shows."""
+    """Fill what torch.empty and its relatives return with NaN, and some memory behind it.
+
+    An element that is never written shows, and so does a write past the end (refuse_overruns).
+    """
+    plain = torch.empty
 
     def poisoned(make: Any) -> Any:
         def empty(*args: Any, **kwargs: Any) -> torch.Tensor:
             tensor = make(*args, **kwargs)
-            return tensor.fill_(torch.nan) if tensor.is_floating_point() and tensor.device.type != "meta" else tensor
+            if not tensor.is_floating_point() or not wire.has_storage(tensor):
+                return tensor
+            size = tensor.untyped_storage().nbytes() // tensor.element_size()
+            length = size + GUARD_BYTES // tensor.element_size()
+            memory = plain(length, dtype=tensor.dtype, device=tensor.device).fill_(torch.nan)
+            tensor = memory.as_strided(tensor.shape, tensor.stride())
+            guard = weakref.finalize(tensor, _look, memory[size:], tuple(tensor.shape))
+            guard.atexit = False
+            _guards.append(guard)
+            return tensor
 
         return empty
 
@@ -64,6 +88,26 @@ def poison_new_tensors() -> None:
         (torch.Tensor, "new_empty"),
     ):
         setattr(holder, name, poisoned(getattr(holder, name)))
+
+
+def _look(behind: torch.Tensor, shape: tuple[int, ...]) -> None:
+    if not behind.isnan().all():
+        _overrun.append(shape)
+
+
+def refuse_overruns() -> None:
+    """Raise Overrun if anything was written behind a poisoned tensor that was made since the last call."""
+    for guard in _guards:
+        if guard.alive:
+            _look(*guard.peek()[2])
+    _guards.clear()
+    if _overrun:
+        shape = _overrun[0]
+        _overrun.clear()
+        raise Overrun(
+            f"it wrote past the end of a tensor of shape {shape} that torch.empty made: in a kernel, a store without a "
+            "mask, too many programs, or the strides of another tensor"
+        )
 
 
 def line_of(error: BaseException, folder: Path) -> str:
@@ -92,6 +136,8 @@ def describe(error: BaseException, folder: Path) -> dict[str, str]:
         line = (error.text or "").rstrip()
         name = Path(error.filename or "?").name
         return {"kind": "syntax", "message": f"{name}, line {error.lineno}: {error.msg}\n    {line.strip()}"}
+    if isinstance(error, Overrun):
+        return {"kind": "exception", "message": str(error)}
     if isinstance(error, Forbidden):
         return {"kind": "forbidden", "message": str(error) + line_of(error, folder)}
     if isinstance(error, SystemExit):
@@ -152,6 +198,7 @@ class Child:
 
                 memory = Memory(asked["counted"])
                 value = function(*args, **kwargs, memory=memory)
+        refuse_overruns()
         answer = {"value": value, "inputs": args, "shares_input": _shares_input(value, args)}
         if memory is not None:
             answer["memory"] = {

@@ -127,6 +127,15 @@ def test_what_is_never_written_is_nan(ask):
     assert result[0, 0, 3].isnan().all() and not result[0, 0, :3].isnan().any()
 
 
+def test_a_write_past_the_end_is_seen(ask):
+    source = "import torch\ndef f(x):\n    o = torch.empty(5)\n    torch.as_strided(o, (6,), (1,))[:] = 1\n    return o"
+    with pytest.raises(CheckFailed, match=r"wrote past the end of a tensor of shape \(5,\)"):
+        ask(source, X)
+    with pytest.raises(CheckFailed, match="wrote past the end"):  # also if the tensor is gone by then
+        ask(source.replace("return o", "del o\n    return 1"), X)
+    assert ask("import torch\ndef f(x):\n    o = torch.empty(5)\n    o[:] = 1\n    return o", X).sum() == 5
+
+
 def test_damage_to_torch_stays_in_the_child_of_one_check(ask):
     vandal = "import torch\ntorch.exp = torch.equal = torch.manual_seed = None\ndef f(x): return 1"
     assert ask(vandal, X) == 1
