@@ -2,7 +2,7 @@
 //
 // Against scalar.cu: global memory is read by the whole block together, neighbouring threads reading neighbouring
 // elements, and every element once per block instead of once per thread; blocks of keys instead of single keys.
-// Compiled with HEAD_DIM, BLOCK_Q, BLOCK_K, BF16, CAUSAL defined (fa2_cuda.py).
+// Compiled with HEAD_DIM, BLOCK_Q, BLOCK_K, BF16, CAUSAL defined (fa2_cuda.py); the last two are 0 or 1.
 
 using u16 = unsigned short;
 

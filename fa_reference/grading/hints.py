@@ -21,6 +21,11 @@ class Exercise:
     function: str
     hints: tuple[str, str, str]
 
+    @property
+    def name(self) -> str:
+        """`file:function`, which is unique in a chapter."""
+        return f"{self.file}:{self.function}"
+
 
 def read_hints(where: Chapter) -> list[Exercise]:
     """The exercises of a chapter in order; ValueError if a section does not have exactly three hints."""
@@ -54,8 +59,9 @@ def is_open(where: Chapter, exercise: Exercise) -> bool:
 def show_next_hint(number: int, *, function: str | None = None, reset: bool = False) -> int:
     """Print one hint more than last time and return the exit status.
 
-    It is for `function`, or else for the first exercise that is still open (or, with all written, has hints left).
-    `reset` starts over with the first hint.
+    It is for `function` (or `file:function`; where several files have that function, the first that is still open), or
+    else for the first exercise that is still open (or, with all written, has hints left). `reset` starts over with the
+    first hint.
     """
     console = Console(highlight=False)
     try:
@@ -69,22 +75,22 @@ def show_next_hint(number: int, *, function: str | None = None, reset: bool = Fa
     if reset:
         shown.clear()
     if function is not None:
-        chosen = next((e for e in exercises if e.function == function), None)
-        if chosen is None:
-            names = ", ".join(e.function for e in exercises)
+        named = [e for e in exercises if function in (e.function, e.name)]
+        if not named:
+            names = ", ".join(e.name for e in exercises)
             console.print(f"no hints for {function!r}; the exercises of chapter {number} are {names}", soft_wrap=True)
             return 2
+        chosen = next((e for e in named if is_open(where, e)), named[0])
     else:
-        left = [e for e in exercises if shown.get(f"{e.file}:{e.function}", 0) < 3]
+        left = [e for e in exercises if shown.get(e.name, 0) < 3]
         chosen = next((e for e in exercises if is_open(where, e)), left[0] if left else exercises[-1])
-    key = f"{chosen.file}:{chosen.function}"
-    count = min(shown.get(key, 0) + 1, 3)
-    shown[key] = count
+    count = min(shown.get(chosen.name, 0) + 1, 3)
+    shown[chosen.name] = count
     save_progress(progress)
     console.print(f"[bold]{chosen.file}: {chosen.function}[/], hint {count} of 3")
     console.print(Markdown(chosen.hints[count - 1]))
     last = "That was the last one. " if count == 3 else ""
-    others = " ".join(e.function for e in exercises if e is not chosen)
+    others = " ".join(e.name for e in exercises if e is not chosen)
     if others:
         console.print(
             f"[dim]{last}For another exercise: make hint CHAPTER={number} FUNCTION=... (of: {others})[/]",

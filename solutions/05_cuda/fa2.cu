@@ -3,7 +3,7 @@
 // Against tensor_cores.cu: cp.async copies the next block of K and V while this one is used, into a second pair of
 // tiles; blocks of keys that no row sees are skipped, and only those that some row does not see whole are masked; and a
 // warp owns 32 rows (BLOCK_Q 128), so that a fragment of K or V that it has loaded is used twice.
-// Compiled with HEAD_DIM, BLOCK_Q, BLOCK_K, WARPS, BF16, CAUSAL defined (fa2_cuda.py).
+// Compiled with HEAD_DIM, BLOCK_Q, BLOCK_K, WARPS, BF16, CAUSAL defined (fa2_cuda.py); the last two are 0 or 1.
 
 using u16 = unsigned short;
 using u32 = unsigned int;
@@ -110,7 +110,7 @@ __device__ __forceinline__ u32 chunk_offset(int row, int chunk) {
 // outputs not stored, and so they need only be finite and readable.
 template <int ROWS>
 __device__ __forceinline__ void load_tile(u32 tile_smem, const u16* head, int row_stride, int first, int len) {
-    // BEGIN SOLUTION: as in tensor_cores.cu, but with cp_async
+    // BEGIN SOLUTION: as in tensor_cores.cu, but with cp_async (if registers run short, unroll this loop less)
     const int chunk = threadIdx.x % ROW_CHUNKS;
 #pragma unroll
     for (int row = 0; row < ROWS; row += THREADS / ROW_CHUNKS) {
@@ -124,7 +124,8 @@ __device__ __forceinline__ void load_tile(u32 tile_smem, const u16* head, int ro
 
 // ---- shared -> registers -> tensor cores ----------------------------------------------------------------------------
 
-// S = Q K^T. S_rmem[i][n] is the accumulator tile of rows 16 i .. of this warp and keys 8 n .. of the block.
+// S = Q K^T. S_rmem[i][n] is the accumulator tile of rows 16 i .. of this warp and keys 8 n .. of the block. Q_smem is the
+// tile of the whole block of threads: this warp's rows begin at row threadIdx.x / 32 * WARP_ROWS of it.
 __device__ __forceinline__ void scores(float (&S_rmem)[M_TILES][S_TILES][4], u32 Q_smem, u32 K_smem) {
     // BEGIN SOLUTION: the same as in tensor_cores.cu: copy yours
     const int lane = threadIdx.x % 32, warp_row = threadIdx.x / 32 * WARP_ROWS;
@@ -286,7 +287,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) attention(const Problem p)
     const u16* K = p.K.data + batch * p.K.batch + head / p.group * p.K.head;
     const u16* V = p.V.data + batch * p.V.batch + head / p.group * p.V.head;
 
-    int blocks, full_blocks;  // blocks of keys that some row sees; those that every row sees whole
+    int blocks, full_blocks;  // blocks of keys that some row sees (there may be none); those that every row sees whole
     // BEGIN SOLUTION: count both: without a mask from len_k alone, under a causal one from what the first and the last
     //: row of this block see
     const int seen_by_last = CAUSAL ? min(p.len_k, max(0, block_row + BLOCK_Q + p.len_k - p.len_q)) : p.len_k;

@@ -2,7 +2,9 @@
 //
 // A launch starts a grid of blocks of threads, and all of them run the function marked __global__, each with its own
 // blockIdx and threadIdx. Here a block has BLOCK_Q threads, and blockIdx.x, .y, .z say which head, batch and rows.
-// Compiled with HEAD_DIM, BLOCK_Q, BF16, CAUSAL defined (fa2_cuda.py).
+// Compiled with HEAD_DIM, BLOCK_Q, BF16, CAUSAL defined (fa2_cuda.py); the last two are 0 or 1. exp2f, log2f, fmaxf and min
+// need no header. Query i sees key j if j <= i + len_k - len_q where CAUSAL, else every key. lse is the natural logarithm;
+// a row that sees no key has O = 0 and lse = -INFINITE.
 
 using u16 = unsigned short;
 
@@ -15,7 +17,7 @@ struct Problem {
     Tensor Q, K, V, O;
     float* lse;  // (batch, heads_q, len_q), contiguous
     int heads_q, group, len_q, len_k;
-    float scale;
+    float scale;  // positive: the host checks it
 };
 
 constexpr float LOG2_E = 1.4426950408889634f;

@@ -29,8 +29,9 @@ def test_compiles(answer: Answer) -> None:
 
 @check("registers within the budget, no local memory", points=1, compiled=True)
 def test_budget(answer: Answer) -> None:
-    for head_dim in (64, 128):
-        cuda.within_budget(built(answer, head_dim), same_of_solution(head_dim), threads=128)
+    # At d 128 all 255 registers are in use, and equivalent answers spill a few words or none: speed judges those.
+    for head_dim, tolerated in ((64, 0), (128, 256)):
+        cuda.within_budget(built(answer, head_dim), same_of_solution(head_dim), threads=128, tolerated=tolerated)
 
 
 @check("copies in the background, products on the tensor cores", points=2, compiled=True)

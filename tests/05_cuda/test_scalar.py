@@ -27,7 +27,7 @@ def test_compiles(answer: Answer) -> None:
     built(answer, 128, torch.float16, False)
 
 
-@check("O stays in registers: no local memory", points=1, compiled=True)
+@check("registers within the budget, no local memory", points=1, compiled=True)
 def test_budget(answer: Answer) -> None:
     cuda.within_budget(built(answer), same_of_solution(), threads=128)
 
