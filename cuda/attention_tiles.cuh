@@ -1,8 +1,8 @@
 // What the attention kernels of this folder share: units of work and their order, the producer, masks, small helpers.
-// Before it includes this, a file defines kBlockQ and kBlockK (queries and keys of a tile), kBytesQ and kBytesKV (of one
-// slot), kStages and kQueryStages (slots of the rings), kCausal, the names Q_EMPTY, K_EMPTY and V_EMPTY of barriers, and
-// kColumnBlocks: 0 where V lies in memory as (keys, head_dim); where it comes transposed, as (head_dim, keys), the number
-// of column blocks (dimension 2 of its descriptor) that hold kBlockK keys.
+// Before it includes this, a file defines kBlockQ and kBlockK (queries and keys of a tile), kBytesQ and kBytesKV (of
+// one slot), kStages and kQueryStages (slots of the rings), kCausal, the names Q_EMPTY, K_EMPTY and V_EMPTY of
+// barriers, and kColumnBlocks: 0 where V lies in memory as (keys, head_dim); where it comes transposed, as (head_dim,
+// keys), the number of column blocks (dimension 2 of its descriptor) that hold kBlockK keys.
 #pragma once
 #include "hopper/base.cuh"
 #include "hopper/mbarrier.cuh"

@@ -5,14 +5,15 @@
 //                multiplied into the softmax scale, V's (one a head or a channel) into the output.
 //   V            an 8-bit wgmma wants both operands with the summed dimension contiguous, so V is needed as V^T. Either
 //                the caller gives it so, or three warps beside the loading one turn each block round in shared memory.
-//   P            the accumulator's registers, packed four at a time, are a valid operand if V^T has its keys in the order
-//                0 1 8 9 2 3 10 11 4 5 12 13 6 7 14 15 (`kv_order` in fa_reference/fp8/layouts.py). V^T's rows, the
-//                channels, come even ones first in every 16: that keeps the turning stores free of bank conflicts and
-//                gives each thread four neighbouring channels of O.
+//   P            the accumulator's registers, packed four at a time, are a valid operand if V^T has its keys in the
+//                order 0 1 8 9 2 3 10 11 4 5 12 13 6 7 14 15 (`kv_order` in fa_reference/fp8/layouts.py). V^T's rows,
+//                the channels, come even ones first in every 16: that keeps the turning stores free of bank conflicts
+//                and gives each thread four neighbouring channels of O.
 //   softmax      P must fit into [0, 448]. m is kept as in fa3_forward.cu, and exponentials are 2^kOffset exp(s - m); a
 //                block is redone when a code reached 448, the code that overflow saturates to.
-//   exponentials at head_dim 64 and 128 the exponential unit is as busy as the tensor cores, or busier, so that some of
-//                them are computed by a polynomial on the FMA units.
+//   exponentials at head_dim 64 and 128 the exponential unit should be as busy as the tensor cores, or busier: some
+//                can be computed by a polynomial on the FMA units instead. It gained nothing sure (LOG_FP8.md).
+//   turns        cost more than they bring; the switch is there.
 #include "hopper/base.cuh"
 #include "hopper/fp8.cuh"
 #include "hopper/mbarrier.cuh"
@@ -39,13 +40,15 @@ constexpr int kBlockQ = 64 * kConsumers;
 constexpr int kThreads = 128 * (1 + kConsumers);
 constexpr u32 kBytesQ = kBlockQ * kHeadDim, kBytesKV = kBlockK * kHeadDim;
 constexpr int kScaleRows = 128;  // rows of Q or K that share a scale
-constexpr int kSpan = kHeadDim < 128 ? kHeadDim : 128;                                       // of Q, K and V
-constexpr int kTurnedSpan = kBlockK % 128 == 0 ? 128 : kBlockK % 64 == 0 ? 64 : 32;          // of V^T: bytes = keys
+constexpr int kSpan = kHeadDim < 128 ? kHeadDim : 128;                               // bytes of Q, K and V
+constexpr int kTurnedSpan = kBlockK % 128 == 0 ? 128 : kBlockK % 64 == 0 ? 64 : 32;  // of V^T: bytes are keys
 constexpr int kColumnBlocks = kTurnsValues ? 0 : kBlockK / kTurnedSpan;
 constexpr int kGroup = kTurnedSpan, kGroups = kBlockK / kGroup;  // keys of a block that surely have one scale
 constexpr int kOutputColumns = kHeadDim < 128 ? kHeadDim : 128;  // of O that are on their way out at a time
 constexpr int kTurningThreads = 96;
 constexpr int kTurnedAtOnce = kProducerRegisters >= 40 ? 4 : 2;  // pieces of V in registers
+// P is 2^kOffset at its row's maximum: scores may grow by 2^3.75 before a block is redone. From 4 to 8 the error is
+// equal.
 constexpr float kOffset = 5.0f;
 constexpr int kMixed = 4;  // registers of P whose exponentials the compiler may reorder
 
@@ -130,10 +133,11 @@ __device__ __forceinline__ bool exponentials(const float (&s)[kBlockK / 2], u32 
         }
         p[i] = pack_e4m3(e[0], e[1], e[2], e[3]);
         too_large |= p[i] + 0x02020202u;  // 0x7e is 448, 0x7f not a number: both reach the byte's highest bit
-        // The compiler would compute all polynomials first and leave the exponential unit idle meanwhile: so those of the
-        // next few registers get an input that depends on an exponential of these. (An infinite one makes not-a-number,
-        // but it also makes the block be redone.)
-        if (kSomeByPolynomial && kPolynomial > 0 && i % kMixed >= kMixed - 2) bias64[half] = fmaf(e[1], 0.0f, bias64[half]);
+        // The compiler would compute all polynomials first and leave the exponential unit idle meanwhile: so those of
+        // the next few registers get an input that depends on an exponential of these. (An infinite one makes
+        // not-a-number, but it also makes the block be redone.)
+        if (kSomeByPolynomial && kPolynomial > 0 && i % kMixed >= kMixed - 2)
+            bias64[half] = fmaf(e[1], 0.0f, bias64[half]);
     }
     return too_large & 0x80808080u;
 }
@@ -158,8 +162,8 @@ __device__ __forceinline__ void exact_softmax(const float (&s)[kBlockK / 2], u32
     exponentials<false>(s, p, sum, used, c);
 }
 
-// S -> P; returns whether O must be rescaled (the same answer in all lanes of the warp). As in fa3_forward.cu, m is kept
-// while P fits, here below 448; a row that has seen no key yet (shift = -inf) always fails the test.
+// S -> P; returns whether O must be rescaled (the same answer in all lanes of the warp). As in fa3_forward.cu, m is
+// kept while P fits, here below 448; a row that has seen no key yet (shift = -inf) always fails the test.
 template <bool kMasked>
 __device__ __forceinline__ bool softmax(const float (&s)[kBlockK / 2], u32 (&p)[kBlockK / 8], Rows& rows,
                                         const float (&c)[kGroups]) {
@@ -185,9 +189,9 @@ __device__ __forceinline__ u32 pack_bf16(float low, float high) {
     return packed;
 }
 
-// The output of this thread: of every 16 channels it has four neighbours, in both rows, since V^T's rows 2 q, 2 q + 1 (even
-// channels) and 8 + 2 q, 8 + 2 q + 1 (odd ones) are channels 4 q .. 4 q + 3. Calls store(half, channel, four bf16 values)
-// for the channels from `first` on.
+// The output of this thread: of every 16 channels it has four neighbours, in both rows, since V^T's rows 2 q, 2 q + 1
+// (even channels) and 8 + 2 q, 8 + 2 q + 1 (odd ones) are channels 4 q .. 4 q + 3. Calls store(half, channel, four bf16
+// values) for the channels from `first` on.
 template <int kColumns, class Store>
 __device__ __forceinline__ void output(const float (&o)[kHeadDim / 2], const float (&inverse)[2], const float* v_scale,
                                        bool per_channel, int first, int lane, Store store) {
@@ -226,7 +230,8 @@ __device__ __forceinline__ void consume(Shared& shared, const int consumer, cons
     const u64 v_descriptor = k_major_descriptor<kTurnedSpan>(values);
     const u32 my_turn = kTurnBarrier + consumer, next_turn = kTurnBarrier + (consumer + 1) % kConsumers;
     const bool never = problem.len_k < 0;  // something that the compiler cannot know
-    // With turns, consumer 0 alone asks the mbarriers in the main loop: the others come after it, and so after the data.
+    // With turns, consumer 0 alone asks the mbarriers in the main loop: the others come after it, and so after the
+    // data.
     const bool asks = kPingpong ? consumer == 0 : !never;
     Cursor<kStages> k_cursor, v_cursor;
     Cursor<kQueryStages> q_cursor;

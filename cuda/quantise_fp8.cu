@@ -2,9 +2,10 @@
 //
 //   quantise_fp8        Q and K: rotate each row (random signs, then the fast Hadamard transform), find the largest
 //                       magnitude of kBlock rows, divide by the scale, round to e4m3. V: the largest magnitudes alone.
-//   quantise_fp8_values V: its scale is one for the whole head, so that it can only be rounded in a second launch; there
-//                       V can be transposed on the way, into the layout that fa3_forward_fp8.cu multiplies with.
-// It moves 2 bytes in and 1 out for each element (of V twice 2 bytes in), and should take as long as a copy of that size.
+//   quantise_fp8_values V: its scale is one for the whole head, so that it can only be rounded in a second launch;
+//                       there V can be transposed on the way, into the layout that fa3_forward_fp8.cu multiplies with.
+// It moves 2 bytes in and 1 out for each element (of V twice 2 bytes in), and should take as long as a copy of that
+// size.
 //
 // The results are those of fa_reference/fp8 bit for bit: the transform adds in the same order, and x / scale is rounded
 // as a division. A block of zeros gets the scale 1. NaN or infinity in a block makes its scale NaN or infinite, so that
@@ -23,7 +24,8 @@ constexpr bool kTransposeValues = FA_TRANSPOSE_VALUES;
 
 constexpr int kBlock = 128;  // rows
 constexpr int kThreads = kBlock * kHeadDim / 64;
-// Rows of a thread. Q, K: few rows mean few shuffles, but short pieces of a row in each load; of V four make a word of V^T.
+// Rows of a thread. Q, K: few rows mean few shuffles, but short pieces of a row in each load; of V four make a word of
+// V^T.
 constexpr int kRowsQK = kHeadDim == 64 ? 8 : 2, kRowsV = 4;
 constexpr float kLargest = 448.0f;
 
@@ -142,7 +144,8 @@ __device__ __forceinline__ void rotate(Tile<kRows>& tile, const float* signs) {
 #pragma unroll
         for (int i = 0; i < kRows * kChunks * 8; ++i) {
             const int chunk = i / 8 % kChunks;
-            if (!(chunk & span)) butterfly(tile.x[i / 8 / kChunks][chunk][i % 8], tile.x[i / 8 / kChunks][chunk + span][i % 8]);
+            float(&x)[kChunks][8] = tile.x[i / 8 / kChunks];
+            if (!(chunk & span)) butterfly(x[chunk][i % 8], x[chunk + span][i % 8]);
         }
     }
     const float norm = kHeadDim == 64 ? 0.125f : kHeadDim == 256 ? 0.0625f : 0.08838834764831845f;
@@ -160,8 +163,8 @@ __device__ __forceinline__ u32 block_max(u32 largest) {
     return largest;
 }
 
-// The largest magnitude of the block's elements. Compared as integers, which orders numbers of one sign as floats do and
-// puts infinity and NaN above them.
+// The largest magnitude of the block's elements. Compared as integers, which orders numbers of one sign as floats do
+// and puts infinity and NaN above them.
 template <int kRows>
 __device__ __forceinline__ float largest_magnitude(Tile<kRows>& tile) {
     u32 largest = 0;
@@ -208,9 +211,9 @@ __device__ __forceinline__ void store(const Tile<kRows>& tile, const Operand& op
     }
 }
 
-// Transposed, through shared memory: rows are channels (the even ones of each 16 first), 128 bytes are the block's keys.
-// A thread brings a word, its four keys, for each of its channels. Words are exchanged within a row, so that lanes with
-// different channels, whose rows all begin in the same bank, do not meet.
+// Transposed, through shared memory: rows are channels (the even ones of each 16 first), 128 bytes are the block's
+// keys. A thread brings a word, its four keys, for each of its channels. Words are exchanged within a row, so that
+// lanes with different channels, whose rows all begin in the same bank, do not meet.
 __device__ __forceinline__ void store_transposed(const Tile<kRowsV>& tile, const Operand& operand, int batch, int head,
                                                  int block) {
     constexpr int kWords = kBlock / 4, kLanes = Tile<kRowsV>::kLanes;

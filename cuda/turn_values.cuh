@@ -1,7 +1,7 @@
-// V's rows into V^T's rows within shared memory, by warps that do nothing else, and the layout that both lie in: a shared
-// tile is [columns / span][rows][span] bytes, swizzled over the span of 128, 64 or 32 bytes. Before it includes this, a
-// file defines what attention_tiles.cuh needs and kHeadDim, kSpan (of V as it comes), kTurnedSpan (of V^T), kStages,
-// kTurningThreads, kTurnedAtOnce, and the names V_FULL, TURNED_FULL, TURNED_EMPTY of barriers.
+// V's rows into V^T's rows within shared memory, by warps that do nothing else, and the layout that both lie in: a
+// shared tile is [columns / span][rows][span] bytes, swizzled over the span of 128, 64 or 32 bytes. Before it includes
+// this, a file defines what attention_tiles.cuh needs and kHeadDim, kSpan (of V as it comes), kTurnedSpan (of V^T),
+// kStages, kTurningThreads, kTurnedAtOnce, and the names V_FULL, TURNED_FULL, TURNED_EMPTY of barriers.
 #pragma once
 #include "attention_tiles.cuh"
 #include "hopper/fp8.cuh"
@@ -32,10 +32,10 @@ __device__ __forceinline__ constexpr u32 step_offset(int step, int rows) {
 }
 
 // ---- turning V -----------------------------------------------------------------------------------------------------
-// V (keys, channels) -> V^T (channels, keys), by `kTurningThreads` threads. A warp takes 32 keys x 16 channels at a time:
-// ldmatrix transposes 16-bit units, so that a register holds two channels of two keys; prmt parts the channels of two
-// such registers, which brings keys 2 t, 2 t + 1, 2 t + 8, 2 t + 9 together: the order that P has. Loads of several such
-// pieces come first, then their stores, so that the latencies overlap.
+// V (keys, channels) -> V^T (channels, keys), by `kTurningThreads` threads. A warp takes 32 keys x 16 channels at a
+// time: ldmatrix transposes 16-bit units, so that a register holds two channels of two keys; prmt parts the channels of
+// two such registers, which brings keys 2 t, 2 t + 1, 2 t + 8, 2 t + 9 together: the order that P has. Loads of several
+// such pieces come first, then their stores, so that the latencies overlap.
 __device__ __forceinline__ void turn_block(const u8* v, u8* turned, int warp, int lane) {
     constexpr int kKeyGroups = kBlockK / 32;
     constexpr int kPieces = kKeyGroups % kTurnedAtOnce == 0 ? kTurnedAtOnce : kKeyGroups % 3 == 0 ? 3 : 2;  // at once
