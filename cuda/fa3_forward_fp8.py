@@ -5,14 +5,17 @@ import dataclasses
 import math
 from functools import cache
 from pathlib import Path
+from types import ModuleType
 
 import torch
 from torch import Tensor
 
 from fa_reference.fp8.attention import check_scale
+from fa_reference.fp8.hadamard import random_signs
 from fa_reference.kernels import CompiledKernel, LoadedKernel, compile_kernel, require_hopper, tile_geometry
 from fa_reference.kernels.persistent import SCHEDULE_FIELDS, PersistentLauncher, schedule
 from fa_reference.validation import check_attention_inputs
+from fa_reference.versions import load_file
 
 SOURCE = Path(__file__).with_suffix(".cu")
 # As in the kernel's BarrierName.
@@ -247,6 +250,31 @@ def forward_fp8(
     if debug:
         plan.check_deadlock(BARRIER_NAMES)
     return o, lse
+
+
+@cache
+def _quantiser() -> ModuleType:
+    return load_file(SOURCE.with_name("quantise_fp8.py"))
+
+
+def quantised(q: Tensor, k: Tensor, v: Tensor, *, seed: int = 0) -> dict:
+    """Arguments of `forward_fp8` for 16-bit tensors: quantised, and Q and K rotated with the signs of `seed`."""
+    return _quantiser().quantise(q, k, v, signs=_signs(q.shape[-1], q.device, seed)).arguments()
+
+
+@cache
+def _signs(head_dim: int, device: torch.device, seed: int) -> Tensor:
+    return random_signs(head_dim, seed).to(device)
+
+
+def forward(
+    q: Tensor, k: Tensor, v: Tensor, *, causal: bool = False, scale: float | None = None, seed: int = 0
+) -> tuple[Tensor, Tensor]:
+    """FP8 attention of fp16 or bf16 tensors, rotated and quantised on the way: (o bfloat16, lse float32).
+
+    Shapes, lse, causal and scale as in `forward_fp8`; raises what that and `quantise_fp8.quantise` raise.
+    """
+    return forward_fp8(**quantised(q, k, v, seed=seed), causal=causal, scale=scale)
 
 
 def _check(

@@ -19,7 +19,22 @@ Output = tuple[Tensor, Tensor | None]
 Bind = Callable[[Tensor, Tensor, Tensor, bool], tuple[Callable[[], Output], str]]
 
 # Versions that take codes and scales. Raced only if named: their error is another matter, and so is their baseline.
-QUANTISED = {"fp8": Version("fp8", 10, "fp8.py", "FP8, codes given", ("cuda",), ("bfloat16",), (128,), hopper=True)}
+QUANTISED = {
+    version.name: version
+    for version in (
+        Version("fp8", 10, "fp8.py", "FP8, codes given", ("cuda",), ("bfloat16",), (128,), hopper=True),
+        Version(
+            "fa3_forward_fp8",
+            None,
+            "fa3_forward_fp8.py",
+            "FA3 FP8, codes given",
+            ("cuda",),
+            ("bfloat16",),
+            (64, 128, 256),
+            hopper=True,
+        ),
+    )
+}
 
 
 @dataclass(frozen=True)
