@@ -50,6 +50,14 @@ def yardstick(qkv: Sequence[Tensor], problem: Case) -> Yardstick:
     return Yardstick.of(*tensors, causal=problem.causal, scale=problem.scale, baseline=baseline)
 
 
+def flop_needed(problem: Case) -> int:
+    """FLOP of Q K^T and P V where a query sees a key; whole tiles take more."""
+    shift = problem.len_k - problem.len_q
+    seen = (i + shift + 1 if problem.causal else problem.len_k for i in range(problem.len_q))
+    pairs = sum(max(0, min(keys, problem.len_k)) for keys in seen)
+    return 4 * problem.head_dim * pairs * problem.heads_q * problem.batch
+
+
 @dataclass(frozen=True)
 class Run:
     """One run on the model: which it was, in words, and the trace of its first block if asked for."""
@@ -98,6 +106,11 @@ def simulate(
         if right is None or not torch.equal(o, right):
             _judge(o, lse, qkv, problem, measure, words)
             right = o
+        if result["flop"] < flop_needed(problem):
+            raise CheckFailed(
+                f"the tensor cores did {result['flop']:.3g} of the {flop_needed(problem):.3g} FLOP that the scores and "
+                f"outputs need: compute S and O with wgmma\n{words}"
+            )
         timeline = Timeline(*json.loads(result["trace"]), block_k, problem.head_dim) if trace else None
         done.append(Run(words, timeline))
     return done

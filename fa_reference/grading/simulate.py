@@ -29,9 +29,9 @@ def kernel(
     """Run a schedule on one problem, once for every dict of options in `runs`; stops at the first run that fails.
 
     q (B, H_q, N_q, d), k and v (B, H_kv, N_k, d) hold values of `dtype` in float32; `options` (causal, scale,
-    block_k, ...) are the same for all runs. A result is {"o", "lse"}, with `trace` also the JSON of the first block's
-    spans and issued instructions under "trace"; or it is {"failure": {kind, message}} as the worker describes one, with
-    the kind "rule" for a broken rule.
+    block_k, ...) are the same for all runs. A result is {"o", "lse", "flop"} (of all wgmmas), with `trace` also the
+    JSON of the first block's spans and issued instructions under "trace"; or it is {"failure": {kind, message}} as the
+    worker describes one, with the kind "rule" for a broken rule.
     """
     q, k, v = (x.to(getattr(torch, dtype)) for x in (q, k, v))
     folder = Path(schedule.__file__).parent
@@ -49,7 +49,8 @@ def kernel(
             return [*results, {"failure": {"kind": "rule", "message": message}}]
         except Exception as error:
             return [*results, {"failure": describe(error, folder)}]
-        result: dict[str, Any] = {"o": done.o.float(), "lse": done.lse}
+        flop = sum(i.amount for report in done.reports for i in report.issued if i.instruction == "wgmma")
+        result: dict[str, Any] = {"o": done.o.float(), "lse": done.lse, "flop": flop}
         if trace:
             result["trace"] = json.dumps([done.report.spans, done.report.issued])
         results.append(result)
