@@ -63,7 +63,7 @@ class Config:
 
 
 # (head_dim, causal) -> tile. Registers: (1 x producer + consumers x consumer) x 128 must not exceed what the block has.
-# Without turns: they cost 1 to 6 % here, unlike in 16 bits.
+# Without turns: they cost up to 6 % here, unlike in 16 bits.
 CONFIGS = {
     (64, False): Config(64, 3, 128, 32, 160, pingpong=False, polynomial=1),
     (64, True): Config(64, 3, 128, 32, 160, pingpong=False, polynomial=1),
