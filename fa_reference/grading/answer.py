@@ -21,10 +21,12 @@ from fa_reference.course import ROOT
 from fa_reference.grading import wire
 from fa_reference.grading.check import CannotRun, CheckFailed, NotWritten
 
-# Seconds that the learner's code may compute in one check; on a GPU the first call compiles a kernel.
+# Seconds that the learner's code may take in one check, not counting those in which it could run but other programs had
+# the processor; on a GPU the first call compiles a kernel.
 TIME_LIMIT = {"cpu": 15.0, "cuda": 90.0}
 # Once a check ran into its limit, the others of the same run get this share of it: one endless loop is enough.
 AFTER_A_TIMEOUT = 0.3
+PATIENCE = 20  # no check takes longer than its limit this many times, whatever else the machine does
 # How a check fails on each kind of error that the child reports; the others are ordinary failures.
 FAILURES = {"stub": NotWritten, "syntax": CannotRun, "missing": CannotRun, "exit": CannotRun}
 ATTENTION = ("scaled_dot_product_attention", "multi_head_attention_forward", "_scaled_dot_product_flash_attention")
@@ -77,6 +79,28 @@ class Workshop:
         """End the process."""
         self._control.close()
         self._process.wait()
+
+
+class _Stopwatch:
+    """Seconds that a process had since now: on a busy machine a right answer is not an endless loop."""
+
+    def __init__(self, pid: int) -> None:
+        self._schedstat = Path(f"/proc/{pid}/schedstat")  # of its first thread: ns on a processor, ns waiting for one
+        self._began, self._waited = time.monotonic(), self._waiting()
+
+    def _waiting(self) -> float:
+        try:
+            return int(self._schedstat.read_text().split()[1]) * 1e-9
+        except (OSError, IndexError, ValueError):  # ended, or a kernel that does not count it
+            return 0.0
+
+    def passed(self) -> float:
+        """All of them."""
+        return time.monotonic() - self._began
+
+    def spent(self) -> float:
+        """Those in which the process ran, or waited for something else than a processor."""
+        return self.passed() - max(0.0, self._waiting() - self._waited)
 
 
 class Answer:
@@ -190,18 +214,20 @@ class Answer:
             "driver": driver,
         }
         limit = self._limit or TIME_LIMIT[device] * (AFTER_A_TIMEOUT if self.workshop.timed_out else 1)
-        began = time.monotonic()
+        watch = _Stopwatch(pid)
         try:
             connection.send_bytes(file.encode())
             connection.send_bytes(wire.to_bytes(body))
-            if not connection.poll(max(0.0, limit - self._spent)):
+            while not connection.poll(max(0.0, limit - self._spent - watch.spent())):
+                if self._spent + watch.spent() < limit and watch.passed() < PATIENCE * limit:
+                    continue
                 self._forget_child(pid)
                 self.workshop.timed_out = True
                 raise CheckFailed(f"{function} did not finish within this check's {limit:g} s: an endless loop?")
             data = connection.recv_bytes()
         except (EOFError, ConnectionError):
             raise CheckFailed(self._how_it_died(function)) from None
-        self._spent += time.monotonic() - began
+        self._spent += watch.spent()
         try:
             answer = wire.from_bytes(data)
             if not isinstance(answer, dict) or not ("value" in answer or "error" in answer):
