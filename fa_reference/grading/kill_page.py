@@ -2,6 +2,7 @@
 
 import json
 import re
+import tomllib
 from pathlib import Path
 from typing import Any
 
@@ -68,10 +69,8 @@ def idle_checks() -> dict[int, list[str]]:
     return {number: [c for c, caught in checks.items() if not caught] for number, checks in seen.items()}
 
 
-def reasons() -> dict[str, dict[str, str]]:
-    """Why a check that kills no mutant stays, by chapter number and `file: name`."""
-    import tomllib
-
+def reasons() -> dict[str, str]:
+    """Why a check that kills no mutant stays, by its name."""
     return tomllib.loads(WHY.read_text(encoding="utf-8")) if WHY.exists() else {}
 
 
@@ -101,7 +100,7 @@ def write_page() -> Path:
             quiet = idle.get(number, [])
             if quiet and record["device"] == "cpu":
                 lines.append("\nChecks that fail on no mutant, here or on a recorded GPU:\n")
-                lines += [f"- {c}: {why.get(str(number), {}).get(c, 'not explained yet')}" for c in quiet]
+                lines += [f"- {c}: {why.get(_short(c)[1], 'not explained yet')}" for c in quiet]
     text = re.sub(r"\n{3,}", "\n\n", "\n".join(lines)) + "\n"
     PAGE.write_text(text, encoding="utf-8")
     return PAGE
