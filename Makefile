@@ -35,7 +35,7 @@ help: ## list these targets
 	@echo 'Exit status: make turns every failure into 2; 0 ok, 1 failed, 2 wrong call come from .venv/bin/python -m fa_reference check 1'
 
 .PHONY: check hint progress watch reset lab
-check: $(READY) ## grade a chapter: CHAPTER=1 [IMPL=folder | SOLUTION=1] [JSON=file] [ONLY=words of a check's name]
+check: $(READY) ## grade a chapter: CHAPTER=1 [IMPL=folder | SOLUTION=1] [JSON=file] [ONLY=words of a check's name, or a file]
 	$(COURSE) check "$$CHAPTER" $${IMPL:+--impl "$$IMPL"} $${SOLUTION:+--solution} $${JSON:+--json "$$JSON"} $${ONLY:+--only "$$ONLY"}
 
 hint: $(READY) ## the next hint for a chapter: CHAPTER=1 [FUNCTION=name] [RESET=1 starts them again]

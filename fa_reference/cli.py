@@ -55,7 +55,9 @@ def check(
     impl: Implementation = None,
     solution: Annotated[bool, typer.Option("--solution", help="Grade the course's solution.")] = False,
     json: Annotated[Path | None, typer.Option("--json", help="Also write the report as JSON to this file.")] = None,
-    only: Annotated[str | None, typer.Option("--only", help="Only checks whose name contains these words.")] = None,
+    only: Annotated[
+        str | None, typer.Option("--only", help="Only checks with this in their or their file's name.")
+    ] = None,
 ) -> None:
     """Grade a chapter: your files, a folder, or the solution."""
     _existing_chapter(chapter)

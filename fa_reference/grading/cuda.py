@@ -50,6 +50,25 @@ def require_written(answer: Answer, file: str) -> None:
         raise NotWritten(f"not written yet: {file}: line {line}: {words} (delete the TODO comment when it is done)")
 
 
+def machine_code(answer: Answer, files: Sequence[str], host: str, *request: object) -> tuple[torch.Tensor, str]:
+    """Machine code and compiler's log, as `host`'s `machine_code` gives them for `request`, of the learner's `files`.
+
+    NotWritten while one of the files holds a TODO, with the compiler's errors in what is written; CheckFailed with them
+    if all is written and does not compile.
+    """
+    try:
+        for file in files:
+            require_written(answer, file)
+    except NotWritten as todo:
+        try:
+            answer.call(host, "machine_code", *request)
+        except CheckFailed as failure:
+            if "KernelCompileError" in str(failure):
+                raise NotWritten(f"{todo}\nWhat is written does not compile yet. {failure}") from None
+        raise
+    return answer.call(host, "machine_code", *request)
+
+
 @dataclass(frozen=True)
 class Built:
     """A compiled kernel: what a thread takes, its instructions in program order, the compiler's notes about wgmma."""
@@ -88,8 +107,7 @@ def build(answer: Answer, host: str, step: str, file: str, head_dim: int, dtype:
 
     NotWritten for a stub; CheckFailed with the compiler's words, file and line if it does not compile.
     """
-    require_written(answer, file)
-    cubin, log = answer.call(host, "machine_code", step, head_dim, dtype, causal, ARCH)
+    cubin, log = machine_code(answer, [file], host, step, head_dim, dtype, causal, ARCH)
     return read_build(file, bytes(cubin.tolist()), log)
 
 
@@ -124,8 +142,8 @@ def within_budget(built: Built, solution: Built, threads: int, tolerated: int = 
         cause = (
             "Is a register array indexed by something that the compiler does not know? Unroll the loop around it."
             if used.stack_bytes > spilled
-            else "Too many values are alive at once: unroll less where no register array is indexed (copying a tile, for "
-            "instance: `#pragma unroll 1`), or compute addresses anew instead of keeping them."
+            else "Too many values are alive at once: unroll less where no register array is indexed (copying a tile, "
+            "for instance: `#pragma unroll 1`), or compute addresses anew instead of keeping them."
         )
         raise CheckFailed(
             f"{built.file} uses local memory: {used.stack_bytes} bytes of stack, {spilled} bytes spilled. {cause}"

@@ -299,9 +299,11 @@ def diagnose(
             return (
                 "likely bug: nearly right, but not precise enough: keep scores, statistics and accumulators in float32"
             )
-    best, named = off / CLOSER, None
+    best, named, off_lse = off / CLOSER, None, _distance(lse, gold_lse)
     for name, compute in suspects(problem):
-        wrong_o, _ = compute()
+        wrong_o, wrong_lse = compute()
+        if wrong_lse is not None and off_lse * CLOSER < _distance(wrong_lse, gold_lse):
+            continue  # lse is right, and with this bug it would not be
         distance = _distance(o, wrong_o)
         if _distance(wrong_o, gold_o) * 2 > off / 2 and distance < best:
             best, named = distance / 2, name  # of two that fit equally well, the first

@@ -8,6 +8,7 @@ computes them.
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 from fa_reference.course import chapter
 from fa_reference.grading import cuda
@@ -21,6 +22,7 @@ from fa_reference.versions import load_file
 CHAPTER, HOST = 6, "engines.py"
 ENGINE = re.compile(r"SYNCS|UTMA|UBLK|HGMMA|WARPGROUP|FENCE|MEMBAR|ELECT")  # opcodes of barriers and engines
 WRAPPER = re.compile(r"\b((?:mbarrier|tma|wgmma)_\w+)")
+TOO_FAR = re.compile(r"^(.*)\((\d+)\): warning #63-D: .*\n(.*)", re.M)  # a shift by more bits than a number has
 VALUE = re.compile(r'static assertion failed with "([^"]*)"')
 
 
@@ -42,8 +44,7 @@ class Tile:
 
     def build(self, answer: Answer, head_dim: int = 128) -> Built:
         """Compile the learner's kernel; NotWritten for a stub, CheckFailed with the compiler's words."""
-        self.require_written(answer)
-        cubin, log = answer.call(HOST, "machine_code", self.name, head_dim)
+        cubin, log = cuda.machine_code(answer, self.files, HOST, self.name, head_dim)
         return cuda.read_build(self.file, bytes(cubin.tolist()), log, self.name)
 
     def reference(self, head_dim: int = 128) -> Built:
@@ -87,6 +88,11 @@ def _computes(answer: Answer, where: str, values: Mapping[str, int], function: s
     except CheckFailed as failure:
         if wrong := VALUE.search(str(failure)):
             raise CheckFailed(f"{where}: {wrong[1]}") from None
+        if shift := TOO_FAR.search(str(failure)):
+            raise CheckFailed(
+                f"{Path(shift[1]).name}, line {shift[2]}: a 32-bit number is shifted by 32 bits or more, so all of it "
+                f"is lost; widen it first: u64{{x}} << 32\n    {shift[3].strip()}"
+            ) from None
         raise
 
 
@@ -131,8 +137,9 @@ def wrapper(
     for a, b in zip(mine.instructions, right.instructions, strict=False):
         if a != b:
             raise CheckFailed(
-                f"{file}: {call} becomes the right instruction with other operands: are %0, %1, ... in order, and the "
-                f"addresses those of shared memory? First difference in machine code: `{a}` instead of `{b}`"
+                f"{file}: {call} becomes the right instruction with other operands: are %0, %1, ... in order, the "
+                "addresses those of shared memory, and a result not turned round? First difference in machine code: "
+                f"`{a}` instead of `{b}`"
             )
     raise CheckFailed(f"{file}: {call} does more, or less, than one instruction")
 

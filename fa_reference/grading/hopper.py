@@ -44,8 +44,7 @@ class Kernel:
         self, answer: Answer, head_dim: int = 128, dtype: torch.dtype = torch.bfloat16, causal: bool = False
     ) -> Built:
         """Compile the learner's file; NotWritten for a stub, CheckFailed with the compiler's words."""
-        cuda.require_written(answer, self.file)
-        cubin, log = answer.call(self.host, "machine_code", head_dim, dtype, causal)
+        cubin, log = cuda.machine_code(answer, [self.file], self.host, head_dim, dtype, causal)
         return cuda.read_build(self.file, bytes(cubin.tolist()), log)
 
     def reference(self, head_dim: int = 128, dtype: torch.dtype = torch.bfloat16, causal: bool = False) -> Built:

@@ -57,6 +57,7 @@ class Report:
     outcomes: list[Outcome] = field(default_factory=list)
     console: Console = field(default_factory=lambda: _PatientConsole(highlight=False, soft_wrap=True))
     explained: dict[str, str] = field(default_factory=dict)  # message -> the first check that failed with it
+    waiting: list[Outcome] = field(default_factory=list)  # not graded here; those of a file are printed together
 
     def of(self, state: str) -> list[Outcome]:
         """The outcomes in one of the three states."""
@@ -80,15 +81,17 @@ class Report:
     def add(self, outcome: Outcome) -> None:
         """Keep and print one outcome."""
         if not self.outcomes or self.outcomes[-1].file != outcome.file:
+            self._print_waiting()
             self.console.print(f"[bold]{outcome.file}[/]")
         self.outcomes.append(outcome)
+        if outcome.state == NOT_GRADED:
+            self.waiting.append(outcome)
+            return
         got = outcome.points if outcome.state == PASSED else 0
         how = {COMPILED: "  [dim]compiled, not run[/]", RAN: "", "": ""}.get(outcome.how, f"  [dim]{outcome.how}[/]")
-        points = "" if outcome.state == NOT_GRADED else f"  [dim]{got}/{outcome.points}[/]{how}"
+        points = f"  [dim]{got}/{outcome.points}[/]{how}"
         self.console.print(f"  {MARKS[outcome.state]} {escape(outcome.name)}{points}")
-        if outcome.state == NOT_GRADED:
-            self.console.print(f"      [yellow]not graded here[/] ({escape(outcome.message)})")
-        elif outcome.message:
+        if outcome.message:
             cause = outcome.message.split("\nsmallest failing case")[0]
             first = self.explained.setdefault(cause, outcome.name)
             words = outcome.message if first == outcome.name else f'the same as for "{first}"'
@@ -96,8 +99,17 @@ class Report:
         if outcome.printed:
             self.console.print(indent("your code printed:\n" + escape(outcome.printed), "      "), style="dim")
 
+    def _print_waiting(self) -> None:
+        """Print what of the last file was not graded here: one line for each reason."""
+        for reason in dict.fromkeys(o.message for o in self.waiting):
+            names = "; ".join(o.name for o in self.waiting if o.message == reason)
+            self.console.print(f"  {MARKS[NOT_GRADED]} {escape(names)}")
+            self.console.print(f"      [yellow]not graded here[/] ({escape(reason)})")
+        self.waiting.clear()
+
     def finish(self) -> None:
         """Print the totals of the three outcomes."""
+        self._print_waiting()
         passed, failed, not_graded = (self.of(s) for s in (PASSED, FAILED, NOT_GRADED))
         points = sum(o.points for o in passed)
         possible = sum(o.points for o in self.graded)

@@ -167,8 +167,8 @@ def grade(
     """Grade one chapter, print the report and return the exit status.
 
     impl: a folder with the chapter's files; solution: grade the reference solution; json_path: write the report there;
-    only: run the checks whose name contains this text. Returns 0 if nothing failed and something was graded, 1 if
-    something failed (or nothing could be graded), 2 for a wrong call.
+    only: run the checks whose name, or whose file's name, contains this text. Returns 0 if nothing failed and something
+    was graded, 1 if something failed (or nothing could be graded), 2 for a wrong call.
     """
     try:
         where, folder, whose = find_folder(chapter, impl, solution)
@@ -182,14 +182,14 @@ def grade(
     plugin = GradingPlugin(where, folder, report)
     arguments = [str(where.tests), "-p", "no:terminal", "-p", "no:cacheprovider", "-o", "addopts="]
     try:
-        status = pytest.main(arguments, plugins=[plugin, _Selection(only)])
+        status = pytest.main(arguments, plugins=[plugin, _Selection(where, only)])
     finally:
         plugin.workshop.close()
     if status in (pytest.ExitCode.INTERRUPTED, pytest.ExitCode.INTERNAL_ERROR, pytest.ExitCode.USAGE_ERROR):
         print("grading was interrupted" if status == pytest.ExitCode.INTERRUPTED else "the checks could not be run")
         return SOMETHING_FAILED
     if only and not report.outcomes:
-        print(f"cannot grade: no check of chapter {chapter} has {only!r} in its name")
+        print(f"cannot grade: no check of chapter {chapter} has {only!r} in its name, and no file in its own")
         return WRONG_CALL
     report.finish()
     exit_status = OK if report.graded and not report.failed else SOMETHING_FAILED
@@ -202,14 +202,17 @@ def grade(
 
 
 class _Selection:
-    """Keeps the checks whose name contains a text."""
+    """Keeps the checks whose name, or whose file's name, contains a text."""
 
-    def __init__(self, only: str | None) -> None:
-        self.only = only
+    def __init__(self, where: Chapter, only: str | None) -> None:
+        self.where, self.only = where, only
 
     def pytest_collection_modifyitems(self, items: list[pytest.Item]) -> None:
         unmarked = [item.nodeid for item in items if item.get_closest_marker("check") is None]
         if unmarked:
             raise pytest.UsageError(f"not marked as checks: {', '.join(unmarked)}")
         if self.only:
-            items[:] = [i for i in items if self.only.lower() in i.get_closest_marker("check").kwargs["name"].lower()]
+            items[:] = [item for item in items if any(self.only.lower() in name.lower() for name in self._names(item))]
+
+    def _names(self, item: pytest.Item) -> tuple[str, str]:
+        return item.get_closest_marker("check").kwargs["name"], graded_file(self.where, item.path)

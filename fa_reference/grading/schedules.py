@@ -69,8 +69,8 @@ class Run:
 def _words(problem: Case, block_k: int, options: dict[str, Any]) -> str:
     """Which run it was."""
     blocks = -(-problem.len_k // block_k)
-    parts = [f"{blocks} blocks of {block_k} keys"]
-    parts += [f"{options['stages']} stages"] if "stages" in options else []
+    parts = [f"{blocks} block{'s' * (blocks != 1)} of {block_k} keys"]
+    parts += [f"{options['stages']} stage{'s' * (options['stages'] != 1)}"] if "stages" in options else []
     parts += [f"random timing {options['seed']}"] if options.get("seed") is not None else []
     return f"in a run with {', '.join(parts)}: {problem}"
 
@@ -123,7 +123,10 @@ def _judge(o: Tensor, lse: Tensor, qkv: Sequence[Tensor], problem: Case, measure
     floats = [x.float() for x in qkv] if problem.dtype == FP8 else qkv
     likely = diagnose(o, lse, *floats, causal=problem.causal, scale=problem.scale)
     if not o.isfinite().all():
-        likely = "the output holds NaN or infinities: was something read that no load or store had written?"
+        likely = (
+            "the output holds NaN or infinities: did a product add to a fresh accumulator (the first one needs "
+            "scale_d=False), or was something read that no load or store had written?"
+        )
     raise CheckFailed("\n".join([*([likely] if likely else []), properties.errors_in_words(report), words]))
 
 

@@ -159,7 +159,7 @@ class ExitInFlight(RuleBroken):
     """PTX ISA: cp.async.bulk.wait_group, wgmma.wait_group."""
 
     rule = "before a warpgroup returns, what it issued must be over: shared memory and registers go to the next block."
-    likely = "a wait is missing at the end."
+    likely = "a wait is missing at the end, or a load was issued that nobody needs (after the last block)."
 
 
 class IllegalOperand(RuleBroken):

@@ -255,8 +255,8 @@ class SM:
         for mbarrier in self.mbarriers:
             if first.waiting[1] == mbarrier.missing and mbarrier not in first.seen and not mbarrier.users:
                 waits.append(
-                    f"{first.name} has never waited at {mbarrier.name} before, and nobody ever arrived there. If it may "
-                    "go on the first time (a slot that was never filled is free), it must ask for parity 1"
+                    f"{first.name} has never waited at {mbarrier.name} before, and nobody ever arrived there. If it "
+                    "may go on the first time (a slot that was never filled is free), it must ask for parity 1"
                 )
         raise Deadlock("deadlock: nobody can go on", waits, **where)
 

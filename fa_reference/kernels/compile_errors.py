@@ -16,7 +16,8 @@ def compile_error(
     message: str, path: Path, text: str, shown: str, folders: Sequence[Path], settings: dict[str, object]
 ) -> KernelCompileError:
     """The exception for NVRTC's `message` about `path`, whose name in messages is `shown`."""
-    log = message.partition("compilation log:")[2].replace("\0", "").strip() or message
+    message = message.replace("\0", "")
+    log = message.partition("compilation log:")[2].strip() or message
     if found := _FRONT_END.search(log):
         return KernelCompileError(
             f"{shown} does not compile:\n{log}", file=found["file"].strip(), line=int(found["line"])

@@ -1,7 +1,7 @@
 """Graded checks of chapter 6, attention.cu: one warpgroup, TMA and wgmma, no specialisation."""
 
 from fa_reference.course import chapter
-from fa_reference.grading import CheckFailed, check, cuda, hopper_cases
+from fa_reference.grading import CheckFailed, check, cuda, descriptors, hopper_cases
 from fa_reference.grading.answer import Answer
 from fa_reference.grading.hopper import Kernel
 
@@ -40,6 +40,19 @@ def test_instructions(answer: Answer) -> None:
             )
         if code.count("WARPGROUP.ARRIVE") < 2 or code.count("WARPGROUP.DEPBAR") < 2:
             raise CheckFailed("each product needs a wgmma_fence before it and a wgmma_wait behind it")
+        same_steps(head_dim, *(descriptors.steps(built.instructions) for built in (code, right)))
+
+
+def same_steps(head_dim: int, found: list[list[int] | None], wanted: list[list[int] | None]) -> None:
+    """CheckFailed if the steps of a product read other parts of a tile; not judged where the code does not tell."""
+    operands = ("Q in Q K^T", "K in Q K^T", "V in P V")
+    for name, got, want in zip(operands, found, wanted) if len(found) == len(operands) else ():
+        if got is not None and got != want:
+            raise CheckFailed(
+                f"d {head_dim}: the steps' descriptors of {name} point to bytes {got} from the first, not {want}: how "
+                "far apart are blocks of 64 columns in this tile, and are the bytes added by wgmma_advance (a 1 added "
+                f"to a descriptor is {descriptors.BYTES} bytes)?"
+            )
 
 
 @check("whole blocks on the GPU", points=3, needs="hopper")

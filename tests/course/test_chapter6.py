@@ -11,6 +11,7 @@ from torch import Tensor
 from fa_reference.course import CHAPTERS, ROOT, chapter
 from fa_reference.grading import CheckFailed
 from fa_reference.grading.answer import Answer, Workshop
+from fa_reference.grading.check import NotWritten
 from fa_reference.kernels import tile_geometry
 from fa_reference.stubs import write_stubs
 from fa_reference.versions import load_file
@@ -214,6 +215,38 @@ WRONG = [
         "test_asynchronous",
         "C75",
     ),
+    (
+        "attention.cu",
+        "wgmma_advance(q_descriptor, step / 4 * kBlockQ * 128 + step % 4 * 32)",
+        "q_descriptor + step / 4 * kBlockQ * 128 + step % 4 * 32",
+        "attention",
+        "test_instructions",
+        r"descriptors of Q in Q K\^T point to bytes \[0, 512, .*wgmma_advance",
+    ),
+    (
+        "attention.cu",
+        "wgmma_advance(k_descriptor, step / 4 * kBlockK * 128",
+        "wgmma_advance(k_descriptor, step / 4 * kBlockQ * 128",
+        "attention",
+        "test_instructions",
+        r"d 128: .*K in Q K\^T point to bytes .*, not \[0, 32, 64, 96, 16384, ",
+    ),
+    (
+        "attention.cu",
+        "wgmma_advance(v_descriptor, step * 16 * 128)",
+        "v_descriptor + step * 16 * 128",
+        "attention",
+        "test_instructions",
+        "V in P V point to",
+    ),
+    (
+        "wgmma_engine.cuh",
+        "u64{stride >> 4} << 32",
+        "(stride >> 4 << 32)",
+        "wgmma_engine",
+        "test_descriptor",
+        r"^wgmma_engine.cuh, line \d+: a 32-bit number is shifted .*u64\{x\} << 32\n    descriptor =",
+    ),
 ]
 
 
@@ -233,6 +266,13 @@ def test_a_wrong_answer_is_caught(folder: Path, answer: Answer, file, old, new, 
         ("tma_engine.cuh", "mbarrier_init.release.cluster", "proxy.async", "tma_engine", "test_fence"),
         ("tma_tile.cu", "offset ^= offset >> 3 & 0x70", "offset ^= offset / 128 % 8 * 16", "tma_tile", "test_offset"),
         ("wgmma_tile.cu", "step % 4 * 32, 16,", "step % 4 * 32, 64,", "wgmma_tile", "test_descriptors"),
+        (
+            "attention.cu",  # a descriptor made anew for every step
+            "wgmma_advance(v_descriptor, step * 16 * 128)",
+            "wgmma_descriptor(u32(v_descriptor & 0x3fff) * 16 + step * 16 * 128, kBlockK * 128)",
+            "attention",
+            "test_instructions",
+        ),
         ("wgmma_engine.cuh", '"setp.ne.b32 p, %34, 0;', '"setp.ne.u32 p, %34, 0;', "wgmma_engine", "test_product"),
     ],
 )
@@ -241,6 +281,20 @@ def test_a_correct_variant_passes(folder: Path, answer: Answer, file, old, new, 
     assert old in text
     (folder / file).write_text(text.replace(old, new))
     getattr(checks(module), check)(answer)
+
+
+def test_an_error_in_what_is_written_shows_beside_a_todo(tmp_path: Path, workshop: Workshop):
+    write_stubs(chapter(6), tmp_path)
+    for name in ("tma_engine.cuh", "tma_tile.cu"):
+        shutil.copy(SOLUTION / name, tmp_path / name)
+    kernel = tmp_path / "wgmma_tile.cu"
+    kernel.write_text(kernel.read_text().replace("u64 descriptor = 0;", "u64 descriptor = 0", 1))
+    answer = Answer(workshop, tmp_path)
+    with pytest.raises(
+        NotWritten, match=r"(?s)not written yet: wgmma_engine.cuh: .*does not compile yet.*wgmma_tile.cu"
+    ):
+        checks("wgmma_tile").test_compiles(answer)
+    answer.close()
 
 
 def test_an_error_of_the_assembler_names_the_learners_line(folder: Path, answer: Answer):
