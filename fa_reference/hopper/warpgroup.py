@@ -205,10 +205,11 @@ class Warpgroup(Copies):
     def _check_wgmma(self, D: Fragment, A: Fragment | Buffer, B: Buffer, trans_b: bool) -> None:
         k, n = B.shape if trans_b else B.shape[::-1]
         k_step = 32 // DTYPE_BYTES[B.dtype]
+        fits = (*D.shape, k) == (64, n, A.shape[1])
         turned = f"; they would with trans_b={not trans_b}" if (*D.shape, n) == (64, k, A.shape[1]) else ""
         mistakes = {
             "D is not a float32 tile in this warpgroup's registers": D.dtype != "float32" or D.wg is not self,
-            f"shapes do not match: D {D.shape}, A {A.shape}, B {n, k} as (N, K){turned}": (*D.shape, k) != (64, n, A.shape[1]),
+            f"shapes do not match: D {D.shape}, A {A.shape}, B {n, k} as (N, K){turned}": not fits,
             f"N is {n}; allowed: multiples of 8 up to 256": n % 8 or n > 256,
             f"K is {k}; allowed: multiples of {k_step}": k % k_step,
             f"A is {A.dtype} and B {B.dtype}": A.dtype != B.dtype,
