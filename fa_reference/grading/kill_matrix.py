@@ -11,6 +11,7 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 from datetime import UTC, datetime
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -68,6 +69,7 @@ def entry(answer: Patched, runs: Sequence[Sequence[Trial]], every_check: bool) -
     return {
         "chapter": answer.where_it_lives.number,
         "answer": answer.label,
+        "digest": digest(answer),
         "bug": answer.bug,
         "where": answer.where,
         "check": f"{answer.checked_in}: {answer.check}" if answer.is_mutant else "",
@@ -83,17 +85,43 @@ def entry(answer: Patched, runs: Sequence[Sequence[Trial]], every_check: bool) -
 
 
 def merge(measured: dict[str, Any]) -> Path:
-    """Add a measurement (as main writes it) to its device's record; answers that no longer exist are left out."""
+    """Add a measurement (as main writes it) to its device's record.
+
+    Runs of an answer that has not changed are put together; answers that no longer exist are left out.
+    """
     path = record_path(measured["device"])
     known = {key(a): a for c in CHAPTERS for a in read_answers(c.number)}
-    entries = json.loads(path.read_text(encoding="utf-8"))["answers"] if path.exists() else []
-    kept = {f"{e['chapter']} {e['answer']}": e for e in [*entries, *measured["answers"]]}
+    kept: dict[str, dict[str, Any]] = {}
+    for e in [
+        *(json.loads(path.read_text(encoding="utf-8"))["answers"] if path.exists() else []),
+        *measured["answers"],
+    ]:
+        name = f"{e['chapter']} {e['answer']}"
+        if name in known and e["digest"] == digest(known[name]):
+            kept[name] = together(kept[name], e) if name in kept else e
     ordered = [kept[name] for name in known if name in kept]
     for e in ordered:  # the words that a mutant asks for may have been made clearer since
         e["problem"] = problem(known[f"{e['chapter']} {e['answer']}"], trials_of(e))
     data = {"schema_version": 1, "device": measured["device"], "answers": ordered}
     path.write_text(json.dumps(data, indent=1) + "\n", encoding="utf-8")
     return path
+
+
+def together(old: dict[str, Any], new: dict[str, Any]) -> dict[str, Any]:
+    """Two entries of the same answer as one: the newer message, all checks that ran, the runs added up."""
+    same = all(new["states"].get(check, state) == state for check, state in old["states"].items())
+    return {
+        **new,
+        "states": {**old["states"], **new["states"]},
+        "every_check": old["every_check"] or new["every_check"],
+        "repetitions": old["repetitions"] + new["repetitions"],
+        "same_in_every_run": old["same_in_every_run"] and new["same_in_every_run"] and same,
+    }
+
+
+def digest(answer: Patched) -> str:
+    """Identifies the patched file."""
+    return sha256(answer.source().encode()).hexdigest()[:12]
 
 
 def trials_of(e: dict[str, Any]) -> list[Trial]:

@@ -12,6 +12,7 @@ from fa_reference.grading.report import FAILED, NOT_GRADED, PASSED
 
 PAGE = FOLDER / "KILL_MATRIX.md"
 WHY = FOLDER / "kills_nothing.toml"
+UNEXPLAINED = "not explained yet"
 MARKS = {FAILED: "X", PASSED: "."}
 INTRODUCTION = """# Kill matrix
 
@@ -36,36 +37,36 @@ def _short(check: str) -> tuple[str, str]:
 
 
 def _matrix(answers: list[dict[str, Any]]) -> list[str]:
-    checks = list(dict.fromkeys(c for a in answers for c in a["states"]))
-    by_file: dict[str, list[str]] = {}
-    for check in checks:
-        by_file.setdefault(_short(check)[0], []).append(check)
-    ordered = [c for group in by_file.values() for c in group]
-    lines = [f"{n}. {file}: {name}" for n, (file, name) in enumerate(map(_short, ordered), 1)]
-    width = max(len(a["answer"]) for a in answers)
-    head = [" " * width + "  " + " ".join(f"{n:>2}" for n in range(1, len(ordered) + 1))]
-    rows = []
+    """The table of one file's answers: numbered checks, then a line for each answer."""
+    checks = list(dict.fromkeys(c for a in answers if a["every_check"] for c in a["states"]))
+    checks += [c for c in dict.fromkeys(c for a in answers for c in a["states"]) if c not in checks]
+    own = answers[0]["answer"].split(": ", 1)[0]
+    names = {c: _short(c)[1] if _short(c)[0] == own else c for c in checks}
+    rows = {a["answer"]: a["answer"].split(": ", 1)[1] for a in answers}
+    width = max(map(len, rows.values()))
+    text = [" " * width + "  " + " ".join(f"{n:>2}" for n in range(1, len(checks) + 1))]
     for title, wanted in (("mutants", True), ("correct variants", False)):
         group = [a for a in answers if bool(a["bug"]) == wanted]
-        rows += [f"-- {title}"] if group else []
+        text += [f"-- {title}"] if group else []
         for a in group:
             marks = []
-            for check in ordered:
+            for check in checks:
                 state = a["states"].get(check)
                 mark = " " if state is None else MARKS.get(state, "-")
                 marks.append(f" {'*' if mark == 'X' and check == a['check'] else mark}")
-            rows.append(f"{a['answer']:<{width}}  {' '.join(marks)}".rstrip())
-    return ["", *lines, "", "```text", *head, *rows, "```"]
+            text.append(f"{rows[a['answer']]:<{width}}  {' '.join(marks)}".rstrip())
+    return [f"\n**{own}**\n", *(f"{n}. {names[c]}" for n, c in enumerate(checks, 1)), "", "```text", *text, "```"]
 
 
 def idle_checks() -> dict[int, list[str]]:
-    """Checks that failed on no mutant on any recorded machine, by chapter number: `file: name`."""
+    """Checks that no mutant is meant for, and that failed on none on any recorded machine: `file: name` by chapter."""
     seen: dict[int, dict[str, bool]] = {}
     for record in records():
         for a in record["answers"]:
             caught = seen.setdefault(a["chapter"], {})
             for check, state in a["states"].items():
-                caught[check] = caught.get(check, False) or (bool(a["bug"]) and state == FAILED)
+                kills = bool(a["bug"]) and (state == FAILED or check == a["check"])
+                caught[check] = caught.get(check, False) or kills
     return {number: [c for c, caught in checks.items() if not caught] for number, checks in seen.items()}
 
 
@@ -90,17 +91,23 @@ def write_page() -> Path:
         for number in dict.fromkeys(a["chapter"] for a in answers):
             here = [a for a in answers if a["chapter"] == number]
             lines.append(f"\n### Chapter {number}: {chapter(number).title}\n")
-            dates, runs = sorted({a["date"] for a in here}), sorted({a["repetitions"] for a in here})
+            dates, runs = sorted({a["date"] for a in here}), [a["repetitions"] for a in here]
+            times = f"{min(runs)} to {max(runs)} times" if min(runs) < max(runs) else f"{runs[0]} times"
             same = sum(a["same_in_every_run"] for a in here)
             lines.append(
-                f"{' and '.join(dates)}, {' or '.join(map(str, runs))} repetitions. Every check had the same outcome "
-                f"in all of them for {same} of {len(here)} answers."
+                f"{' and '.join(dates)}, run {times}: every check had the same outcome each time for {same} of "
+                f"{len(here)} answers."
             )
-            lines += _matrix(here)
+            partly = [a for a in here if not a["every_check"]]
+            if partly:
+                lines.append(f"{len(partly)} mutants were tried only against the check that must fail.")
+            for file in dict.fromkeys(a["answer"].split(": ", 1)[0] for a in here):
+                lines += _matrix([a for a in here if a["answer"].startswith(f"{file}: ")])
             quiet = idle.get(number, [])
             if quiet and record["device"] == "cpu":
-                lines.append("\nChecks that fail on no mutant, here or on a recorded GPU:\n")
-                lines += [f"- {c}: {why.get(_short(c)[1], 'not explained yet')}" for c in quiet]
+                limits = ", as far as they were tried" if partly else ""
+                lines.append(f"\nChecks that fail on no mutant, here or on a recorded GPU{limits}:\n")
+                lines += [f"- {c}: {why.get(_short(c)[1], UNEXPLAINED)}" for c in quiet]
     text = re.sub(r"\n{3,}", "\n\n", "\n".join(lines)) + "\n"
     PAGE.write_text(text, encoding="utf-8")
     return PAGE
