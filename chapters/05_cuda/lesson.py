@@ -157,8 +157,9 @@ print(f"32 neighbouring columns of one row: {along} sectors, {32 * 2 / (32 * alo
 
 # %% [markdown]
 # **Exercise.** Write `attention` in `scalar.cu`, and `grid`, `threads`, `shared_bytes` in `fa2_cuda.py`. Delete the
-# TODO comment when you are done: as long as it stands there, the file counts as not written. `make check CHAPTER=5`,
-# `make hint CHAPTER=5`.
+# TODO comment when you are done: as long as it stands there, the file counts as not written; the check shows the
+# compiler's errors all the same. `make check CHAPTER=5 ONLY=scalar.cu` checks this file alone, `make check CHAPTER=5`
+# all; `make hint CHAPTER=5`.
 #
 # **When it fails.** Only the first rows right: the bound, or `row` computed from the wrong index. NaN in rows without
 # keys: 0 / 0. All heads after the first wrong: a distance in bytes instead of elements, or the head's offset missing.
@@ -426,9 +427,10 @@ for axis, title in ((axes[0], "split Q (fa2.cu)"), (axes[1], "split K (split_k.c
 plt.show()
 
 # %% [markdown]
-# `split_k.cu` is given. Its block has 32 rows, not 128, because each warp's accumulator covers all rows: at the same
-# number of registers, every key that is copied serves a quarter of the rows. It is built in two ways: merging after
-# every block, as FlashAttention-1 did, and merging once at the end, each warp with its own maximum until then.
+# `split_k.cu` is given; open it after you have written `fa2.cu`, whose steps it shares. Its block has 32 rows, not 128,
+# because each warp's accumulator covers all rows: at the same number of registers, every key that is copied serves a
+# quarter of the rows. It is built in two ways: merging after every block, as FlashAttention-1 did, and merging once at
+# the end, each warp with its own maximum until then.
 #
 # **Predict.** Order the four by speed, with factors: (c), (d), split-K merged once, split-K merged every block.
 #

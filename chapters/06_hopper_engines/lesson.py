@@ -25,13 +25,15 @@
 # | step | file | what |
 # |---|---|---|
 # | first | `schedule.py` | the whole kernel in Python, on a model of an SM that catches every forgotten wait |
-# | | `layouts.py` | swizzle, descriptors, fragments: pure functions, graded exactly on any machine |
 # | a | `tma_engine.cuh`, `tma_tile.cu` | mbarrier and TMA: load tiles, find every element |
 # | b | `wgmma_engine.cuh`, `wgmma_tile.cu` | descriptors and products: one tile of $QK^T$, one of $PV$ |
+# | a, b | `layouts.py` | swizzle (a), descriptors and fragments (b): pure functions, graded exactly on any machine |
 # | c | `attention.cu` | attention by one warpgroup |
 #
 # The host's side (`engines.py`, `attention.py`) is given. `attention.cu` includes the course's wrappers from
-# `cuda/hopper/`, and so do the chapters after this one: they are the ones that you write here, for every size.
+# `cuda/hopper/`, and so do the chapters after this one: they are the ones that you write here, for every size. Do not
+# open its `mbarrier.cuh`, `tma.cuh` and `wgmma.cuh` before step (c). `make check CHAPTER=6 ONLY=layouts.py` checks one
+# file alone.
 
 # %%
 import json
@@ -241,9 +243,10 @@ display(Markdown("\n".join(lines)))
 # makes use of that.) Tile n is phase n, so its reader waits for parity n mod 2. A reader that always waits for parity 0
 # passes at once for tile 1, and reads tile 0 again, or half of each. A waiter must never fall two phases behind.
 #
-# **Announce first.** If the bytes were announced after the arrival, the phase could end before a byte has come. The
-# instruction `mbarrier.arrive.expect_tx` does both in the right order. Zeros that fill what is outside the tensor count
-# as bytes, so the number is always that of the whole box.
+# **Announce before you arrive.** If the bytes were announced after the arrival, the phase could end before a byte has
+# come. The instruction `mbarrier.arrive.expect_tx` does both in the right order. That it stands before the load, too,
+# is a good habit and no more: until the arrival the phase cannot end, whatever has been delivered. Zeros that fill what
+# is outside the tensor count as bytes, so the number is always that of the whole box.
 #
 # ### What each instruction guarantees
 #
@@ -515,7 +518,10 @@ print(f"products {matrix:.0f} cycles, exponentials {exponentials:.0f}: {matrix /
 # `layouts.py`, `schedule.py`, the descriptors and `tile_offset` of the kernels are graded exactly on any machine. The
 # wrappers are compared with the course's as machine code: a swapped operand shows, a forgotten `"memory"` does not. Of
 # the kernels they see that these compile for `sm_90a`, keep to their registers, let nothing be serialised by the
-# compiler, and contain the instructions of both engines. They do not see: wrong coordinates of a load, a wrong number
+# compiler, contain the instructions of both engines, and how far the steps of `attention.cu` move their descriptors (if
+# one descriptor is moved on; not, if a new one is made for every step). A `wgmma_commit` left out of `attention.cu`
+# cannot be seen here: as the wait is for all groups, today's compiler closes the group itself, and the machine code is
+# the same to the letter. They do not see: wrong descriptors to begin with, wrong coordinates of a load, a wrong number
 # of bytes, a wrong parity, a `__syncthreads` in the wrong place, a load issued too early, `round_p` and `store` with
 # wrong registers, a wrong order of steps, and the speed. These are graded on an H100 or H200 and reported as *not
 # graded here* elsewhere.

@@ -40,7 +40,8 @@ __device__ constexpr u64 mn_major_descriptor(u32 address, int step) {
 
 // S = Q K^T, waited for. `q` and `k` are shared-memory addresses of tiles.
 __device__ __forceinline__ void multiply_qk(float (&s)[kRows / 2], u32 q, u32 k) {
-    // TODO: fence; wgmma_64x64 for every 16 columns, of which the first overwrites S; commit; wait for all
+    // TODO: fence; wgmma_64x64 for every 16 columns, of which the first overwrites S; commit; wait for all.
+    // Unroll the loop
 }
 
 // P in bf16: register r of step k of P V is p[4 k + r].

@@ -23,6 +23,7 @@ CHAPTER, HOST = 6, "engines.py"
 ENGINE = re.compile(r"SYNCS|UTMA|UBLK|HGMMA|WARPGROUP|FENCE|MEMBAR|ELECT")  # opcodes of barriers and engines
 WRAPPER = re.compile(r"\b((?:mbarrier|tma|wgmma)_\w+)")
 TOO_FAR = re.compile(r"^(.*)\((\d+)\): warning #63-D: .*\n(.*)", re.M)  # a shift by more bits than a number has
+ASKED = re.compile(r'"?[^\s"]*/chapter6/\w+\.cu"?')  # the file that engines.py writes what is asked to
 VALUE = re.compile(r'static assertion failed with "([^"]*)"')
 
 
@@ -93,7 +94,7 @@ def _computes(answer: Answer, where: str, values: Mapping[str, int], function: s
                 f"{Path(shift[1]).name}, line {shift[2]}: a 32-bit number is shifted by 32 bits or more, so all of it "
                 f"is lost; widen it first: u64{{x}} << 32\n    {shift[3].strip()}"
             ) from None
-        raise
+        raise type(failure)(ASKED.sub(where, str(failure))) from None
 
 
 def wrapper(

@@ -102,7 +102,7 @@ class Report:
     def _print_waiting(self) -> None:
         """Print what of the last file was not graded here: one line for each reason."""
         for reason in dict.fromkeys(o.message for o in self.waiting):
-            names = "; ".join(o.name for o in self.waiting if o.message == reason)
+            names = " · ".join(o.name for o in self.waiting if o.message == reason)
             self.console.print(f"  {MARKS[NOT_GRADED]} {escape(names)}")
             self.console.print(f"      [yellow]not graded here[/] ({escape(reason)})")
         self.waiting.clear()

@@ -25,6 +25,7 @@ from torch.overrides import TorchFunctionMode
 
 from fa_reference import versions
 from fa_reference.grading import wire
+from fa_reference.kernels.errors import KernelCompileError
 
 GIB = 2**30
 PRINT_LIMIT = 16 * 2**20
@@ -156,7 +157,9 @@ def describe(error: BaseException, folder: Path) -> dict[str, str]:
         return {"kind": "stub", "message": f"not written yet: {text.strip().splitlines()[-1]}"}
     if len(text) > 1500:
         text = text[:700] + "\n...\n" + text[-700:]
-    return {"kind": "exception", "message": f"{type(error).__name__}: {text}{line_of(error, folder)}"}
+    # The compiler has named the line already; the host file that called it is the course's.
+    line = "" if isinstance(error, KernelCompileError) else line_of(error, folder)
+    return {"kind": "exception", "message": f"{type(error).__name__}: {text}{line}"}
 
 
 class Child:

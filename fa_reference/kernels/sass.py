@@ -60,8 +60,12 @@ def opcode(instruction: str) -> str:
 
 
 def count_instructions(cubin: bytes) -> collections.Counter[str]:
-    """How often each opcode stands in the code (not how often it runs), modifiers cut off."""
-    return collections.Counter(opcode(line).split(".")[0] for line in sass_instructions(cubin))
+    """How often each opcode stands in the code (not how often it runs), modifiers cut off.
+
+    Without those under the predicate that is never true (@!PT): they do nothing, the compiler fills gaps with them.
+    """
+    lines = (line for line in sass_instructions(cubin) if not line.startswith("@!PT "))
+    return collections.Counter(opcode(line).split(".")[0] for line in lines)
 
 
 def instructions_between(cubin: bytes, first: str, unwanted: tuple[str, ...]) -> list[str]:

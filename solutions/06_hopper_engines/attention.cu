@@ -69,8 +69,8 @@ __device__ __forceinline__ float quad_sum(float x) {
 // Causal: the last rows see most keys and come first, so that no long block of threads is left for the end.
 struct Tile {
     int query_start, head, batch, key_head;
-    int key_blocks;       // blocks that some row sees; visited from the last key on
-    int unmasked_blocks;  // the first ones of them: all rows see them whole
+    int key_blocks;       // blocks that some row sees: 0 .. key_blocks - 1, visited from the last one down to 0
+    int unmasked_blocks;  // blocks of keys 0 .. unmasked_blocks - 1 need no mask: all rows see them whole
 
     __device__ __forceinline__ explicit Tile(const Problem& problem) {
         query_start = (kCausal ? gridDim.x - 1 - blockIdx.x : blockIdx.x) * kBlockQ;
@@ -92,7 +92,8 @@ struct Tile {
 // Issues S (64, kBlockK) = Q (64, kHeadDim) K^T. 16 columns of the summed dimension are 32 bytes inside a 128-byte row;
 // after four such steps comes the next block of 64 columns.
 __device__ __forceinline__ void issue_qk(float (&s)[kBlockK / 2], u64 q_descriptor, u64 k_descriptor) {
-    // BEGIN SOLUTION: fence; one wgmma (Wgmma<N, kBf16>::ss) for every 16 columns, the first overwrites S; commit
+    // BEGIN SOLUTION: fence; one wgmma (Wgmma<N, kBf16>::ss) for every 16 columns, the first overwrites S; commit.
+    //: wgmma_advance(descriptor, bytes) moves a descriptor on
     wgmma_fence();
 #pragma unroll
     for (int step = 0; step < kHeadDim / 16; ++step)
@@ -235,9 +236,9 @@ extern "C" __global__ void __launch_bounds__(kThreads, 2)
 #pragma unroll
     for (int i = 0; i < kHeadDim / 2; ++i) o[i] = 0.0f;
 
-    // BEGIN SOLUTION: thread 0 loads Q and the first blocks; wait for Q. Then for every block: wait for K, S = Q K^T,
-    //: load the next K once all threads are done with this one; mask if needed, softmax, rescale O, round P; wait for
-    //: V, O += P V, load the next V likewise.
+    // BEGIN SOLUTION: thread 0 loads Q and the first blocks; wait for Q (also where no block follows). Then for every
+    //: block: wait for K, S = Q K^T, load the next K once all threads are done with this one; mask if needed, softmax,
+    //: rescale O, round P; wait for V, O += P V, load the next V likewise.
     if (thread == 0) {
         mbarrier_arrive_expect_tx(&shared.q_full, kBytesQ);
         tma_load_5d(shared.q, &q_map, &shared.q_full, 0, tile.query_start, 0, tile.head, tile.batch);

@@ -76,7 +76,8 @@ async def attention(wg: Warpgroup, block: AttentionBlock, shared: Shared) -> Non
 
     S = Q K^T takes both operands from shared memory; O += P V takes P from registers and V as it is stored, (keys, d):
     trans_b=True. softmax.step(S) returns P and the factor for the O so far. block.mask(S, 0, j) is S of key block j
-    with -inf where there is no key, or where the query may not see it.
+    with -inf where there is no key, or where the query may not see it. Loop over wg.loop(range(block.key_blocks)), so
+    that messages and the picture name the block. Q is waited for even if there is no block: its tile is used below.
     """
     O, softmax = wg.full(block.head_dim, 0.0), OnlineSoftmax(wg, block.scale, block.dtype)
     # BEGIN SOLUTION: start to load Q and the first blocks of K and V; wait for Q. For every block: wait for K, S = Q

@@ -44,7 +44,8 @@ __device__ constexpr u64 mn_major_descriptor(u32 address, int step) {
 
 // S = Q K^T, waited for. `q` and `k` are shared-memory addresses of tiles.
 __device__ __forceinline__ void multiply_qk(float (&s)[kRows / 2], u32 q, u32 k) {
-    // BEGIN SOLUTION: fence; wgmma_64x64 for every 16 columns, of which the first overwrites S; commit; wait for all
+    // BEGIN SOLUTION: fence; wgmma_64x64 for every 16 columns, of which the first overwrites S; commit; wait for all.
+    //: Unroll the loop
     wgmma_fence();
 #pragma unroll
     for (int step = 0; step < kHeadDim / 16; ++step)

@@ -103,7 +103,7 @@ def test_compiled_run_and_not_graded_are_told_apart():
     report.finish()
     text = page.getvalue()
     assert "compiles  1/1  compiled, not run" in text and f"speed  2/2  {gpu}" in text and "631 TFLOP/s" in text
-    assert "arithmetic  1/1\n" in text and "numbers; more numbers\n" in text
+    assert "arithmetic  1/1\n" in text and "numbers · more numbers\n" in text
     assert text.count("not graded here (no Hopper GPU)") == 1
     assert (
         f"1 by their machine code alone (which says nothing about right numbers), 1 on this CPU, 1 on the {gpu}" in text
