@@ -182,7 +182,7 @@ def grade(
     plugin = GradingPlugin(where, folder, report)
     arguments = [str(where.tests), "-p", "no:terminal", "-p", "no:cacheprovider", "-o", "addopts="]
     try:
-        status = pytest.main(arguments, plugins=[plugin, _Selection(where, only)])
+        status = pytest.main(arguments, plugins=[plugin, Selection(where, only)])
     finally:
         plugin.workshop.close()
     if status in (pytest.ExitCode.INTERRUPTED, pytest.ExitCode.INTERNAL_ERROR, pytest.ExitCode.USAGE_ERROR):
@@ -201,7 +201,7 @@ def grade(
     return exit_status
 
 
-class _Selection:
+class Selection:
     """Keeps the checks whose name, or whose file's name, contains a text."""
 
     def __init__(self, where: Chapter, only: str | None) -> None:

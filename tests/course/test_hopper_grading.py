@@ -4,6 +4,8 @@ Synthetic machine code stands for kernels here; tests/course/mutants/ has real o
 """
 
 import io
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from rich.console import Console
@@ -12,6 +14,7 @@ from fa_reference.course import chapter
 from fa_reference.grading import CheckFailed, hopper
 from fa_reference.grading.cuda import Built
 from fa_reference.grading.report import COMPILED, NOT_GRADED, PASSED, Outcome, Report
+from fa_reference.grading.runner import Selection
 from fa_reference.kernels import KernelDeadlock, LoadedKernel
 from fa_reference.kernels.build_log import Resources
 
@@ -89,6 +92,21 @@ def test_a_deadlock_says_who_waits_for_what(record, words):
         kernel.check_deadlock(("q_full", "k_full"))
     kernel.read_global = lambda name, count: [0] * 6
     kernel.check_deadlock(("q_full", "k_full"))
+
+
+@pytest.mark.parametrize(("only", "kept"), [("Swizzle", 1), ("layouts.py", 2), ("tma_", 1), (None, 3), ("none", 0)])
+def test_only_selects_by_the_name_of_a_check_or_of_its_file(only, kept):
+    checks = [("swizzle: every byte", "layouts"), ("descriptor", "layouts"), ("a tile", "tma_tile")]
+    items = [
+        SimpleNamespace(
+            nodeid=name,
+            path=Path(f"test_{stem}.py"),
+            get_closest_marker=lambda _, name=name: SimpleNamespace(kwargs={"name": name}),
+        )
+        for name, stem in checks
+    ]
+    Selection(chapter(6), only).pytest_collection_modifyitems(items)
+    assert len(items) == kept
 
 
 def test_compiled_run_and_not_graded_are_told_apart():
