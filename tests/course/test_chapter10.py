@@ -1,18 +1,17 @@
 """Chapter 10: the kernel without a GPU, its host side, and what judges FP8. Wrong answers: mutants/10_fp8."""
 
 import difflib
-import shutil
 from pathlib import Path
 
 import pytest
 import torch
 
 from fa_reference import fp8
-from fa_reference.course import CHAPTERS, ROOT, chapter
+from fa_reference.course import ROOT, chapter
 from fa_reference.gold import gold_attention
 from fa_reference.grading import CheckFailed
 from fa_reference.grading import fp8 as judge
-from fa_reference.grading.answer import Answer, Workshop
+from fa_reference.grading.answer import Answer
 from fa_reference.grading.check import NotWritten
 from fa_reference.inputs import Case
 from fa_reference.kernels import KernelUnavailable, compile_kernel, require_hopper
@@ -23,31 +22,8 @@ SOLUTION = ROOT / "solutions" / "10_fp8"
 CHECKS = ROOT / "tests" / "10_fp8"
 E4M3 = torch.float8_e4m3fn
 
-pytestmark = [
-    pytest.mark.skipif(all(c.number != 10 for c in CHAPTERS), reason="chapter 10 is not in the list of chapters yet"),
-    # The graded checks carry a mark that only the grader registers.
-    pytest.mark.filterwarnings("ignore::pytest.PytestUnknownMarkWarning"),
-]
-
-
-@pytest.fixture(scope="module")
-def workshop():
-    workshop = Workshop()
-    yield workshop
-    workshop.close()
-
-
-@pytest.fixture
-def folder(tmp_path: Path) -> Path:
-    """A learner's folder with the whole solution in it."""
-    return Path(shutil.copytree(SOLUTION, tmp_path / "10_fp8", ignore=shutil.ignore_patterns("__pycache__")))
-
-
-@pytest.fixture
-def answer(workshop: Workshop, folder: Path):
-    answer = Answer(workshop, folder)
-    yield answer
-    answer.close()
+# The graded checks carry a mark that only the grader registers.
+pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnknownMarkWarning")
 
 
 def change(folder: Path, file: str, old: str, new: str) -> None:

@@ -1,14 +1,13 @@
 """Chapter 5: its kernels, its stubs, and what the grader says of unfinished ones (mutants/05_cuda holds wrong ones)."""
 
-import shutil
 from pathlib import Path
 
 import pytest
 import torch
 
-from fa_reference.course import CHAPTERS, ROOT, chapter
+from fa_reference.course import ROOT, chapter
 from fa_reference.grading import CheckFailed, cuda
-from fa_reference.grading.answer import Answer, Workshop
+from fa_reference.grading.answer import Answer
 from fa_reference.grading.check import NotWritten
 from fa_reference.stubs import write_stubs
 from fa_reference.versions import load_file
@@ -17,31 +16,8 @@ SOLUTION = ROOT / "solutions" / "05_cuda"
 CHECKS = ROOT / "tests" / "05_cuda"
 HOST = "fa2_cuda.py"
 
-pytestmark = [
-    pytest.mark.skipif(all(c.number != 5 for c in CHAPTERS), reason="chapter 5 is not in the list of chapters yet"),
-    # The graded checks carry a mark that only the grader registers.
-    pytest.mark.filterwarnings("ignore::pytest.PytestUnknownMarkWarning"),
-]
-
-
-@pytest.fixture(scope="module")
-def workshop():
-    workshop = Workshop()
-    yield workshop
-    workshop.close()
-
-
-@pytest.fixture
-def folder(tmp_path: Path) -> Path:
-    """A learner's folder with the whole solution in it."""
-    return Path(shutil.copytree(SOLUTION, tmp_path / "05_cuda", ignore=shutil.ignore_patterns("__pycache__")))
-
-
-@pytest.fixture
-def answer(workshop: Workshop, folder: Path):
-    answer = Answer(workshop, folder)
-    yield answer
-    answer.close()
+# The graded checks carry a mark that only the grader registers.
+pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnknownMarkWarning")
 
 
 def change(folder: Path, file: str, old: str, new: str) -> None:

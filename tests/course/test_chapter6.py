@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from fa_reference.course import CHAPTERS, ROOT, chapter
+from fa_reference.course import ROOT, chapter
 from fa_reference.grading import CheckFailed
 from fa_reference.grading.answer import Answer, Workshop
 from fa_reference.grading.check import NotWritten
@@ -19,31 +19,8 @@ from fa_reference.versions import load_file
 SOLUTION = ROOT / "solutions" / "06_hopper_engines"
 CHECKS = ROOT / "tests" / "06_hopper_engines"
 
-pytestmark = [
-    pytest.mark.skipif(all(c.number != 6 for c in CHAPTERS), reason="chapter 6 is not in the list of chapters yet"),
-    # The graded checks carry a mark that only the grader registers.
-    pytest.mark.filterwarnings("ignore::pytest.PytestUnknownMarkWarning"),
-]
-
-
-@pytest.fixture(scope="module")
-def workshop():
-    workshop = Workshop()
-    yield workshop
-    workshop.close()
-
-
-@pytest.fixture
-def folder(tmp_path: Path) -> Path:
-    """A learner's folder with the whole solution in it."""
-    return Path(shutil.copytree(SOLUTION, tmp_path / "06", ignore=shutil.ignore_patterns("__pycache__")))
-
-
-@pytest.fixture
-def answer(workshop: Workshop, folder: Path):
-    answer = Answer(workshop, folder)
-    yield answer
-    answer.close()
+# The graded checks carry a mark that only the grader registers.
+pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnknownMarkWarning")
 
 
 def checks(name: str):

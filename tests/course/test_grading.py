@@ -14,7 +14,7 @@ import torch
 
 from fa_reference.course import ROOT, chapter
 from fa_reference.grading import cuda
-from fa_reference.grading.answer import Answer, Workshop
+from fa_reference.grading.answer import Answer
 from fa_reference.grading.check import CheckFailed, NotWritten
 from fa_reference.grading.properties import attention, close
 from fa_reference.inputs import Case
@@ -24,13 +24,6 @@ from fa_reference.stubs import write_stubs
 def run(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "fa_reference", *map(str, arguments)]
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120, check=False)
-
-
-@pytest.fixture(scope="module")
-def workshop():
-    workshop = Workshop()
-    yield workshop
-    workshop.close()
 
 
 @pytest.fixture
