@@ -92,7 +92,13 @@ def write_page() -> Path:
             here = [a for a in answers if a["chapter"] == number]
             lines.append(f"\n### Chapter {number}: {chapter(number).title}\n")
             dates, runs = sorted({a["date"] for a in here}), [a["repetitions"] for a in here]
-            times = f"{min(runs)} to {max(runs)} times" if min(runs) < max(runs) else f"{runs[0]} times"
+            times = (
+                f"{min(runs)} to {max(runs)} times"
+                if min(runs) < max(runs)
+                else f"{runs[0]} times"
+                if runs[0] > 1
+                else "once"
+            )
             same = sum(a["same_in_every_run"] for a in here)
             lines.append(
                 f"{' and '.join(dates)}, run {times}: every check had the same outcome each time for {same} of "
@@ -108,6 +114,11 @@ def write_page() -> Path:
                 limits = ", as far as they were tried" if partly else ""
                 lines.append(f"\nChecks that fail on no mutant, here or on a recorded GPU{limits}:\n")
                 lines += [f"- {c}: {why.get(_short(c)[1], UNEXPLAINED)}" for c in quiet]
+    if all(record["device"] == "cpu" for record in records()):
+        lines.append(
+            "\n## On a GPU\n\nNot run yet: what only a GPU can see. On a machine with a Hopper GPU:\n\n```sh\n"
+            "make mutants ARGS='--where gpu hopper --quick --jobs 4 --write'\n```"
+        )
     text = re.sub(r"\n{3,}", "\n\n", "\n".join(lines)) + "\n"
     PAGE.write_text(text, encoding="utf-8")
     return PAGE
