@@ -7,6 +7,8 @@ from pathlib import Path
 from fa_reference.kernels.errors import KernelCompileError
 
 _FRONT_END = re.compile(r"^(?P<file>[^\s(][^(\n]*)\((?P<line>\d+)\): (?:catastrophic )?error", re.MULTILINE)
+# What is said besides about a half-written file: unused names, functions that return nothing yet.
+_BESIDES = re.compile(r": warning #(?:177|550|940)-D: |^Remark: The warnings can be suppressed", re.MULTILINE)
 _ASSEMBLER = re.compile(r"ptxas application ptx input, line (\d+); error\s*: (.*)")
 _LOCATION = re.compile(r"^\s*\.loc\s+(\d+)\s+(\d+)\s+\d+(?:.*inlined_at\s+(\d+)\s+(\d+))?")
 _FILE = re.compile(r'^\s*\.file\s+(\d+)\s+"([^"]+)"', re.MULTILINE)
@@ -19,6 +21,7 @@ def compile_error(
     message = message.replace("\0", "")
     log = message.partition("compilation log:")[2].strip() or message
     if found := _FRONT_END.search(log):
+        log = "\n\n".join(words for words in log.split("\n\n") if not _BESIDES.search(words))
         return KernelCompileError(
             f"{shown} does not compile:\n{log}", file=found["file"].strip(), line=int(found["line"])
         )
