@@ -510,8 +510,11 @@ print(f"products {matrix:.0f} cycles, exponentials {exponentials:.0f}: {matrix /
 #
 # **When it fails.** KernelDeadlock names the barrier and the iteration. Iteration 1 of `k_full`: the next K was never
 # asked for. Right for one block of keys, wrong for two: parity; or O was not rescaled; or V was overwritten before the
-# wait for $PV$. Other numbers in every run: `__syncthreads` missing between the wait and the next load: a slower warp's
-# part of the product still reads the slot. C75xx notes: an accumulator is touched between product and wait.
+# wait for $PV$. Other numbers in every run: the next load is issued before the wait for the product that reads the
+# slot. (After the wait, is `__syncthreads` needed too? A `wgmma` is one operation of the whole warpgroup, and so is the
+# group that is waited for: by PTX's words, what one thread finds complete is complete for all. Chapter 7 makes use of
+# that. Here the barrier is the plain rule of chapter 5: all have read, so it may be overwritten.) C75xx notes: an
+# accumulator is touched between product and wait.
 #
 # ## What these checks do not see without a GPU
 #

@@ -150,7 +150,9 @@ except RuleBroken as error:
 # **Exercise: `schedule.py`.** Write `make_barriers`, `position`, `producer` and `consumer`, in PTX's own words, in
 # Python. `make check CHAPTER=7 ONLY=schedule` tries one to four stages, one to eight blocks (so also fewer blocks
 # than stages), and more than 200 random timings, because a schedule that is right by luck is wrong. If nobody can go
-# on, it says who waits for whom, since when, and in which line. Once it passes, the CUDA kernel is a translation.
+# on, it says who waits for whom, since when, and in which line. Once it passes, the CUDA kernel is a translation
+# (it walks from the last keys to the first, that is all). The model itself is worth reading; two of its files,
+# `ring.py` and `two_stage.py`, hold the answers of this chapter and of chapter 9.
 #
 # ## The budget
 #
@@ -199,13 +201,20 @@ print("without specialisation, 256 threads:", min(255, 65536 // 256 // 8 * 8), "
 # - *One* thread produces: `elect_one` under a warp-uniform branch. The others of its warpgroup are done.
 # - The bytes are announced *before* the load is issued, on the barrier that the load reports to.
 # - A consumer arrives at `empty` when its `wgmma` has *finished reading*: after `wgmma_wait<0>`, not after the issue.
-#   One thread arrives for its warpgroup, so `empty` expects 2 arrivals, not 256.
+#   One thread arrives for its warpgroup, so `empty` expects 2 arrivals, not 256. May it speak for the other 127? A
+#   `wgmma` is *one* operation of the whole warpgroup: all four warps must issue it, commit makes one group of it for
+#   the warpgroup, and the wait is for that group, not for a warp's quarter of it (PTX ISA: wgmma.commit_group,
+#   wgmma.wait_group). So what one thread finds complete no longer reads the slot for anybody. That is how PTX's words
+#   read, and CUTLASS's pipelines and the official FA3 rely on it as well: one arrival for each warpgroup, after the
+#   wait. It holds for tiles that only `wgmma` reads. A tile that the threads read themselves, as in chapter 6's
+#   `tma_tile.cu`, is free only when each of them has read it.
 # - All four warps of a warpgroup must come to `setmaxnreg` and to `wgmma`. The warpgroup's number goes through
 #   `warp_uniform`, so that the compiler knows that it is the same for a whole warp.
 #
-# **Exercise: `warp_specialised.cu`.** Four regions. `make check CHAPTER=7`, `make hint CHAPTER=7`. On an H100 the
-# debug build runs first: each wait at a barrier ends after a second, and the message says which warpgroup waited for
-# which barrier, in which iteration, with which parity.
+# **Exercise: `warp_specialised.cu`.** Five regions: `produce`, the loop of `consume`, and three in `attention`. One
+# difference to your schedule: the kernel visits the blocks of keys from the last to the first. `make check CHAPTER=7`,
+# `make hint CHAPTER=7`. On an H100 the debug build runs first: each wait at a barrier ends after a second, and the
+# message says which warpgroup waited for which barrier, in which iteration, with which parity.
 #
 # **When it fails.**
 #
@@ -214,7 +223,8 @@ print("without specialisation, 256 threads:", min(255, 65536 // 256 // 8 * 8), "
 # | waited for k_full, iteration 0 | the load was never issued, or fewer bytes arrive than were announced |
 # | waited for k_empty, iteration 0 | the producer began with parity 0 instead of 1 |
 # | waited for k_empty, iteration 2 | nobody releases K, or `empty` was initialised with the number of threads |
-# | waited for v_full, iteration 2, right in 0 and 1 | the parity does not change after the ring's first round |
+# | waited for k_full or v_full, iteration 2 | the parity does not change after the ring's first round |
+# | every message says iteration 0 | name and iteration, the last two arguments of `mbarrier_wait`, were left out |
 # | right in short sequences, wrong in long ones | a slot released before `wgmma_wait` |
 # | different bits from run to run | the same, or a tile read before its barrier |
 # | does not end, in no barrier | `setmaxnreg` claims more than there is |
@@ -222,12 +232,14 @@ print("without specialisation, 256 threads:", min(255, 65536 // 256 // 8 * 8), "
 #
 # ## What these checks do not see without a GPU
 #
-# The schedule is graded fully. Of the kernel they see that it compiles, takes no local memory, claims no more
-# registers than there are, copies only in the producer and multiplies only in the consumers, that there are enough
-# barriers, waits and arrivals, and that `wgmma` was not serialised. They do not see a wrong parity or arrival count,
-# a release in the wrong place, wrong bytes announced, a wrong mask, a wrong head, registers of P in the wrong order,
-# or the speed. Those are graded on an H100 or H200 and reported as *not graded here* elsewhere; compiling alone earns
-# no points for correctness.
+# The schedule is graded fully, but for how early K is released: at the end of the iteration is right too, and leaves
+# the next K less time to arrive. Of the kernel they see that it compiles, takes no local memory, claims no more
+# registers than there are, copies only in the producer and multiplies only in the consumers, that neither waits at a
+# `__syncthreads`, that there are enough barriers, waits and arrivals, and that `wgmma` was not serialised. They do not
+# see a wrong parity or arrival count, four threads that load instead of one (`elect_one` in every warp), a release in
+# the wrong place, wrong bytes announced, a wrong mask, a wrong head, registers of P in the wrong order, or the speed.
+# Those are graded on an H100 or H200 and reported as *not graded here* elsewhere; compiling alone earns no points for
+# correctness.
 #
 # ## Measured
 #

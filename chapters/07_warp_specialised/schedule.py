@@ -10,9 +10,9 @@ from functools import partial
 
 from fa_reference.hopper.attention import AttentionBlock, OnlineSoftmax
 from fa_reference.hopper.barriers import Mbarrier
+from fa_reference.hopper.given import CONSUMER_REGISTERS, PRODUCER_REGISTERS, epilogue  # registers: 24 and 240
 from fa_reference.hopper.memory import Buffer
 from fa_reference.hopper.registers import ROWS
-from fa_reference.hopper.ring import CONSUMER_REGISTERS, PRODUCER_REGISTERS, epilogue
 from fa_reference.hopper.sm import SM, Role
 from fa_reference.hopper.warpgroup import Warpgroup
 

@@ -47,7 +47,9 @@ schedule = answer(8, "schedule.py")
 # In chapter 7 nobody tells the two consumers when to multiply. If both want the tensor cores at once, one waits; then
 # both are in their softmax at once, and the tensor cores wait. Pingpong gives them turns. **A turn is all that a
 # consumer multiplies between two softmaxes**: O += P V of block j, and then S of block j + 1. It hands the turn on as
-# soon as both are *issued*, and its softmax runs while the other's turn keeps the tensor cores busy.
+# soon as S, the last of them, is *issued*, and its softmax runs while the other's turn keeps the tensor cores busy.
+# (Inside the turn it still waits for O before it issues S, as in chapter 7. That wait can be put off; the variant
+# "deferred" below does so.)
 #
 # **Predict.** A block of 128 keys at d 128 takes a consumer two products of 512 cycles each on the tensor cores (64 x
 # 128 x 128 x 2 / 4096), and 512 cycles of exponentials (64 x 128 / 16) plus the rest of the softmax. Two consumers
@@ -57,7 +59,8 @@ schedule = answer(8, "schedule.py")
 # %%
 my_prediction_turns, my_prediction_in_step = None, None
 product, softmax = 512, 512 + 200  # cycles; 200 stands for maxima, rescaling and rounding, a guess
-print(f"in step, both softmaxes side by side: {4 * product / (4 * product + softmax):.0%} at best")
+both = 2 * 512 + 200  # side by side: the exponentials of two, on one set of units; the rest of each beside the other
+print(f"in step, both softmaxes side by side: {4 * product / (4 * product + both):.0%} at best")
 print(f"in turns: a softmax of {softmax} hides under the other's two products of {product}: up to 100%")
 
 # %% [markdown]
@@ -106,14 +109,17 @@ for words, run in runs.items():
 # softmax of block 1                          issue O += P_0 V_0, S_1
 # ```
 #
-# A turn for each single product would hand the tensor cores over in the middle. The turn is handed on when the
-# products are *issued*, not when they are done: the tensor cores keep a queue, and the other's products line up
-# behind.
+# A turn for each single product would hand the tensor cores over in the middle. The turn is handed on when S is
+# *issued*, not when it is done: the tensor cores keep a queue, and the other's products line up behind.
+#
+# A tile must be there, too, before it can be multiplied. Turn first or tile first? Both are right. The kernel asks
+# for the tile first: who waits for a tile while it has the turn keeps the other from working.
 #
 # Unlike an mbarrier, a named barrier has no phases to be named: it must be used in step, every sync with exactly one
 # arrival. Two ends need care. Nobody had a turn before consumer 0's first: somebody must hand it that one. And after
-# the last turn of the last consumer nobody waits any more. (The model insists on that; the hardware lets a kernel end
-# with a barrier half full.)
+# the last turn of the last consumer nobody waits any more. The model insists that nobody arrives there: a count left
+# over is a mistake in the making. The hardware lets a kernel end with a barrier half full, and the solution's kernel
+# makes use of it.
 #
 # **Exercise: `schedule.py`.** Write `my_turn`, `your_turn` and the loop of `consumer`. The rings are given from here
 # on (`fa_reference/hopper/ring.py`, your own of chapter 7 in other words). `make check CHAPTER=8 ONLY=schedule` also
@@ -130,7 +136,7 @@ for words, run in runs.items():
 # | named barrier 2, opening number 1 | consumer 0 did not hand on after its first S |
 # | a barrier whose number nobody syncs at | own and other turn mixed up |
 # | waited for k_full or v_full | the producer is slower than the turns: did you change its order of loads? |
-# | right, and as slow as chapter 7 or slower | turns for single products; or a wait between issue and hand-over |
+# | right, and as slow as chapter 7 or slower | turns for single products; or a wait for S before the hand-over |
 #
 # A named barrier that too few threads reach hangs for good: the hardware knows no time limit for it. In the debug
 # build they are counters in shared memory with the same rule, so that the grader can tell you who waits.

@@ -101,11 +101,16 @@ for stages, n in cycles.items():
 # were committed, so S must be issued first.
 #
 # The loop now lags by one: before it S and softmax of block 0, behind it the P V of the last block. That is the price
-# in code. The price in registers is a second set of numbers between softmax and product.
+# in code. The price in registers is none, if P is rounded only when the product that reads the last P is over, and a
+# second P otherwise.
 #
 # **Two things may not be touched while O += P V runs:** O (so rescaling waits), and the registers of P (so rounding
 # the next P waits, or goes elsewhere). The order of rescaling is right all the same: O of block n - 1 is complete
 # before it is multiplied by the factor of block n.
+#
+# Here schedule and kernel differ. On the model `softmax.step` rounds at once and returns a new P, in registers of its
+# own, so that the one in use stays as it is. The kernel has one array for P and rounds into it after the wait; before
+# it, the compiler would answer with C7513 and wait for every product.
 #
 # ## Registers, and why three stages lose
 #
@@ -184,8 +189,10 @@ for words, file in (("with the branch", None), ("without", unpinned)):
 #
 # ## What these checks do not see without a GPU
 #
-# The schedule is graded fully. Of the kernel they see what they saw in chapters 7 and 8, and where the exponentials
-# stand. Not: parities one block apart, O rescaled at the wrong moment, P overwritten too early, masks, speed.
+# The schedule is graded fully, but for a slot lost: to release V of j where V of j - 1 has been read is right, as the
+# producer fills slots in order, but it runs ahead by one slot less. Of the kernel they see what they saw in
+# chapters 7 and 8, and where the exponentials stand. Not: parities one block apart, O rescaled at the wrong moment, P
+# overwritten too early, masks, speed.
 #
 # ## Measured: the whole ablation
 #

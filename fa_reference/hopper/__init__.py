@@ -24,8 +24,9 @@ multiplies it by itself:
     print(report.table())
 
 Read it in this order: rules, timing, memory (who knows what is over), barriers, registers, arithmetic, agent and
-warpgroup (the instructions), sm (the event loop), trace and report, attention, and the schedules of chapters 6 to 10
-(their solutions, with what they share in ring and two_stage).
+warpgroup (the instructions), sm (the event loop), trace and report, attention and given. Stop there while you still
+mean to write the schedules yourself: ring is the answer to chapter 7, two_stage that to chapter 9, and schedules finds
+the solutions of chapters 6 to 10.
 
 What the model leaves out: a warpgroup is one agent, so divergence and barriers among its own threads do not exist;
 swizzles, bank conflicts and descriptors; the order of keys in fp8 fragments; the compiler's order of instructions, and

@@ -1,18 +1,16 @@
-"""What chapter 7's schedule writes out and the later ones share: rings of tiles, the producer that fills them, the
-epilogue."""
+"""Rings of tiles and the producer that fills them: the answer to chapter 7's schedule, given from chapter 8 on.
+
+Write chapter 7's schedule.py before you read on."""
 
 from dataclasses import dataclass
 
-from fa_reference.hopper.attention import AttentionBlock, OnlineSoftmax
+from fa_reference.hopper.attention import AttentionBlock
 from fa_reference.hopper.barriers import Mbarrier
+from fa_reference.hopper.given import PRODUCER_REGISTERS
 from fa_reference.hopper.memory import Buffer, GlobalTensor
-from fa_reference.hopper.registers import ROWS, Fragment
+from fa_reference.hopper.registers import ROWS
 from fa_reference.hopper.sm import SM
 from fa_reference.hopper.warpgroup import Warpgroup
-
-# Registers per thread after setmaxnreg, by the number of consumers: together at most what the block got at launch.
-PRODUCER_REGISTERS = {1: 24, 2: 24, 3: 32}
-CONSUMER_REGISTERS = {1: 256, 2: 240, 3: 160}
 
 
 @dataclass(frozen=True)
@@ -95,18 +93,3 @@ async def load_queries(wg: Warpgroup, block: AttentionBlock, tiles: list[Buffer]
     await wg.mbarrier_arrive_expect_tx(full, sum(Q.bytes for Q in tiles))
     for w, Q in enumerate(tiles):
         await wg.tma_load(Q, block.Q, block.row + ROWS * w, full)
-
-
-async def epilogue(
-    wg: Warpgroup, w: int, block: AttentionBlock, tile: Buffer, O: Fragment, softmax: OnlineSoftmax
-) -> None:
-    """Normalise and store O and the log-sum-exp of consumer w; O goes through a tile of shared memory that nobody reads
-    any more, such as the consumer's Q."""
-    row = block.row + ROWS * w
-    O, L = softmax.finish(O)
-    await wg.store_global(block.L, row, L)
-    await wg.store_shared(tile, O)
-    await wg.fence_proxy_async()
-    await wg.tma_store(block.O, row, tile)
-    await wg.bulk_commit_group()
-    await wg.bulk_wait_group(0)

@@ -8,7 +8,8 @@ to multiply between two softmaxes. Rings, producer and epilogue are those of cha
 from functools import partial
 
 from fa_reference.hopper.attention import AttentionBlock, OnlineSoftmax
-from fa_reference.hopper.ring import CONSUMER_REGISTERS, Tiles, epilogue, produce
+from fa_reference.hopper.given import CONSUMER_REGISTERS, epilogue
+from fa_reference.hopper.ring import Tiles, produce
 from fa_reference.hopper.sm import SM, Role
 from fa_reference.hopper.warpgroup import Warpgroup
 
@@ -50,7 +51,8 @@ async def consumer(wg: Warpgroup, block: AttentionBlock, tiles: Tiles, w: int) -
     await wg.mbarrier_wait(tiles.Q_full, 0)
     # BEGIN SOLUTION: the last consumer hands the turn to consumer 0; everybody waits for its first turn. For every
     #: block: issue S and commit it, hand the turn on, wait for S, release K; mask, softmax, rescale; wait for your
-    #: turn and for V, issue O += P V, wait for it, release V. Hand the last turn on, unless nobody waits for it
+    #: turn and for V (in either order), issue O += P V, wait for it (still in the turn), release V. Hand the last turn
+    #: on, unless nobody waits for it
     if w == block.consumers - 1:
         await your_turn(wg, w, block.consumers)
     await my_turn(wg, w)

@@ -8,8 +8,9 @@ chapter 8. What is given here: fa_reference/hopper/ring.py.
 from functools import partial
 
 from fa_reference.hopper.attention import AttentionBlock, OnlineSoftmax
+from fa_reference.hopper.given import CONSUMER_REGISTERS, epilogue
 from fa_reference.hopper.registers import Fragment
-from fa_reference.hopper.ring import CONSUMER_REGISTERS, Tiles, epilogue, produce
+from fa_reference.hopper.ring import Tiles, produce
 from fa_reference.hopper.sm import SM, Role
 from fa_reference.hopper.warpgroup import Warpgroup
 
@@ -59,11 +60,11 @@ async def consumer(wg: Warpgroup, block: AttentionBlock, tiles: Tiles, w: int, p
     await wg.mbarrier_wait(tiles.Q_full, 0)
     last = block.key_blocks - 1
     turns = pingpong and last > 0
-    # BEGIN SOLUTION: if there are turns, consumer 0 gets one from the last consumer. If there are blocks: S and
-    #: softmax of block 0. For every other block j, in one turn: issue S of block j, issue O of block j - 1, hand the
-    #: turn on (unless nobody waits for it any more). Wait for S alone, release K; mask and softmax of block j,
-    #: keeping the P in use apart from the new one; wait for O, release V of j - 1, rescale O. At the end: O of the
-    #: last block
+    # BEGIN SOLUTION: if there are turns, consumer 0 gets one from the last consumer. If there are blocks: S and softmax
+    #: of block 0. For every other block j, in one turn: issue S of block j, issue O of block j - 1, hand the turn on
+    #: (unless nobody waits for it any more). Wait for S alone, release K; mask and softmax of block j, P of j - 1 is
+    #: still read, `step` returns a new one; wait for O, release V of j - 1 (not yet of j), rescale O. At the end: O of
+    #: the last block
     if turns and w == block.consumers - 1:
         await your_turn(wg, w, block.consumers)
     if last >= 0:

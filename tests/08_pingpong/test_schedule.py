@@ -42,6 +42,7 @@ def test_overlap(answer: Answer) -> None:
         if share < UNDER:
             raise CheckFailed(
                 f"{one}: in only {share:.0%} of the time of its softmaxes do the tensor cores work for {other}; with "
-                f"turns it is more than {UNDER:.0%}. Is the turn handed on before the softmax, as soon as the products "
-                "are issued?"
+                f"turns it is more than {UNDER:.0%}. Is the turn handed on before the softmax, as soon as S is issued? "
+                "Or has each product a turn of its own? O += P V and the next S belong into one: between them the turn "
+                "is neither handed on nor waited for"
             )
