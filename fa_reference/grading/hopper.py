@@ -26,6 +26,7 @@ DEBUG_SECONDS = 45.0  # for all debug runs of a check: start of CUDA, compiling,
 WARPGROUP = 128
 # What the instructions of the asynchronous engines are called in SASS.
 TMA_LOAD, MBARRIER, PRODUCT, REGISTERS = "UTMALDG", "SYNCS", "HGMMA", "USETMAXREG"
+BARRIER_0 = re.compile(r"BAR\.SYNC\S* (0x0|RZ|URZ)\b")  # __syncthreads
 
 
 @dataclass(frozen=True)
@@ -184,8 +185,19 @@ def count(lines: Iterable[str], name: str) -> int:
 
 
 def specialised(built: Built) -> None:
-    """CheckFailed unless the producer copies and does not multiply, and the consumers multiply and do not copy."""
+    """CheckFailed unless the producer copies and does not multiply, and the consumers multiply and do not copy.
+
+    Nor may one of them wait in __syncthreads (barrier 0), where the other never comes.
+    """
     producer, consumers = parts(built)
+    meets = [any(BARRIER_0.search(line) for line in lines) for lines in (producer, consumers)]
+    if meets[0] != meets[1]:
+        whose = "producer's" if meets[0] else "consumers'"
+        raise CheckFailed(
+            f"a __syncthreads stands in the {whose} part of {built.file} alone: "
+            "the others never come to it. What must be waited for has an mbarrier: full before a tile is read, empty "
+            "before it is overwritten"
+        )
     if copies := count(consumers, TMA_LOAD):
         raise CheckFailed(f"{copies} TMA loads stand in the consumers' part of {built.file}: copying is the producer's")
     if products := count(producer, PRODUCT):

@@ -1,6 +1,7 @@
 """What a grading run found, printed as it happens and kept as data."""
 
 import os
+import re
 import sys
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -38,6 +39,12 @@ class Outcome:
     message: str = ""
     printed: str = ""
     how: str = RAN
+
+
+def _cause(message: str) -> str:
+    """What two failures have in common if they have the same cause: the message without the case it was seen in."""
+    words, run, _ = message.partition("\nin a run with")  # on the model of an SM, where cycles and tiles differ
+    return re.sub(r"\d[\d.,]*", "#", words) if run else message.split("\nsmallest failing case")[0]
 
 
 def _way(how: str) -> str:
@@ -92,8 +99,7 @@ class Report:
         points = f"  [dim]{got}/{outcome.points}[/]{how}"
         self.console.print(f"  {MARKS[outcome.state]} {escape(outcome.name)}{points}")
         if outcome.message:
-            cause = outcome.message.split("\nsmallest failing case")[0]
-            first = self.explained.setdefault(cause, outcome.name)
+            first = self.explained.setdefault(_cause(outcome.message), outcome.name)
             words = outcome.message if first == outcome.name else f'the same as for "{first}"'
             self.console.print(indent(escape(words), "      "))
         if outcome.printed:
