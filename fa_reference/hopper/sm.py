@@ -278,6 +278,7 @@ class SM:
         for barrier in self.named_barriers.values():
             if barrier.users:
                 raise BarrierCount(
-                    f"at the end named barrier {barrier.id} is left half full: it lacks {barrier.missing()}",
+                    f"at the end named barrier {barrier.id} is left half full: the last arrival of "
+                    f"{', '.join(barrier.users)} there was for nobody (it lacks {barrier.missing()})",
                     buffer=f"named barrier {barrier.id}",
                 )

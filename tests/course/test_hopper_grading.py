@@ -13,7 +13,7 @@ from rich.console import Console
 from fa_reference.course import chapter
 from fa_reference.grading import CheckFailed, hopper
 from fa_reference.grading.cuda import Built
-from fa_reference.grading.report import COMPILED, NOT_GRADED, PASSED, Outcome, Report
+from fa_reference.grading.report import COMPILED, FAILED, NOT_GRADED, PASSED, Outcome, Report
 from fa_reference.grading.runner import Selection
 from fa_reference.kernels import KernelDeadlock, LoadedKernel
 from fa_reference.kernels.build_log import Resources
@@ -31,6 +31,7 @@ CONSUMERS = [
     "WARPGROUP.DEPBAR.LE gsb0, 0x0",
     "EXIT",
 ]
+SYNCTHREADS = "BAR.SYNC.DEFER_BLOCKING 0x0"
 
 
 def built(*lines: str, registers: int = 168) -> Built:
@@ -45,7 +46,8 @@ def test_a_kernel_with_everything_passes():
     hopper.specialised(GOOD)
     hopper.turns(GOOD, 1, 1)
     hopper.overlaps(GOOD, 2)
-    hopper.specialised(built(*PRODUCER, *CONSUMERS))
+    hopper.specialised(built(SYNCTHREADS, *PRODUCER, *CONSUMERS))
+    hopper.specialised(built(*PRODUCER, SYNCTHREADS, *CONSUMERS, SYNCTHREADS))  # both come
 
 
 @pytest.mark.parametrize(
@@ -55,6 +57,8 @@ def test_a_kernel_with_everything_passes():
         ([*CONSUMERS, *PRODUCER, CONSUMERS[2]], hopper.specialised, "1 wgmma stand in the producer's part"),
         ([*CONSUMERS, PRODUCER[0]], hopper.specialised, "no TMA load"),
         ([CONSUMERS[0], *PRODUCER], hopper.specialised, "no wgmma"),
+        ([*CONSUMERS, SYNCTHREADS, *PRODUCER], hopper.specialised, "__syncthreads stands in the consumers' part"),
+        ([*CONSUMERS, *PRODUCER, SYNCTHREADS], hopper.specialised, "__syncthreads stands in the producer's part"),
         (CONSUMERS, hopper.specialised, "1 setmaxnreg instructions"),
         ([*CONSUMERS[:1], *CONSUMERS[2:], *PRODUCER], lambda b: hopper.turns(b, 1, 1), "named_barrier_sync"),
         ([*CONSUMERS[:4], *CONSUMERS[5:], *PRODUCER], lambda b: hopper.turns(b, 1, 1), "named_barrier_arrive"),
@@ -107,6 +111,18 @@ def test_only_selects_by_the_name_of_a_check_or_of_its_file(only, kept):
     ]
     Selection(chapter(6), only).pytest_collection_modifyitems(items)
     assert len(items) == kept
+
+
+def test_the_same_broken_rule_is_explained_once():
+    page = io.StringIO()
+    report = Report(chapter(7), chapter(7).room, "your files", console=Console(file=page, width=200))
+    rule = "deadlock: consumer 0 waits for K_full[{slot}] since cycle {cycle}\nin a run with {blocks} blocks of 64 keys"
+    report.add(Outcome("one block", "k.py", 1, FAILED, rule.format(slot=0, cycle="1,204", blocks=1)))
+    report.add(Outcome("any length", "k.py", 1, FAILED, rule.format(slot=1, cycle="980", blocks=3)))
+    report.add(Outcome("another", "k.py", 1, FAILED, "deadlock: the producer waits\nin a run with 1 block of 64 keys"))
+    text = page.getvalue()
+    assert text.count("consumer 0 waits") == 1 and 'the same as for "one block"' in text
+    assert "the producer waits" in text
 
 
 def test_compiled_run_and_not_graded_are_told_apart():
