@@ -254,7 +254,8 @@ class Agent:
         if group is None:
             return
         state = "no wait_group has covered yet" if group.committed else "was not even committed (commit_group)"
-        message = f"{fragment} is accessed while a wgmma on {group.last} uses it, which {state}"
+        role = "accumulator" if fragment.dtype == "float32" else "A operand, such as P,"
+        message = f"{fragment} is accessed while it is the {role} of a wgmma on {group.last}, which {state}"
         self.sm.broken(RegistersInFlight(message, **self.where(group.last)))
 
     def _check_budget(self) -> None:
