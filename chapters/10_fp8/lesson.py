@@ -345,9 +345,10 @@ display(
 #
 # 1. **Factors.** The kernel multiplies *codes*. A score is $s = \text{scale} \cdot \sigma_q \sigma_k \cdot
 # (\text{code}_q \cdot \text{code}_k)$, where $\sigma_k$ changes from block to block. m is kept in units of log2, of
-# finished scores: blocks with different scales are then comparable. 2. **$2^8$.** P lies in $[0, 1]$, and e4m3 has
-# nothing below $2^{-10}$. So $P = 2^8 e^{s - m}$, in $[0, 256]$. The factor is in l too, and cancels in O. Only lse
-# has to take it out. 3. **Rounding.** P is rounded before it meets V. l sums P as it was.
+# finished scores: blocks with different scales are then comparable.
+# 2. **$2^8$.** P lies in $[0, 1]$, and in e4m3 all up to $2^{-10}$ rounds to zero. So $P = 2^8 e^{s - m}$, in
+# $[0, 256]$. The factor is in l too, and cancels in O. Only lse has to take it out.
+# 3. **Rounding.** P is rounded before it meets V. l sums P as it was.
 
 # %%
 score = torch.linspace(-14, 0, 1401)
@@ -483,8 +484,8 @@ plt.show()
 #
 # **When it fails.** O wrong and lse right: the order of the keys, or V's transposition. Wrong only on inputs with
 # outliers: a scale of the wrong block or head. Different from run to run: the fence or the barrier in `produce`. A
-# deadlock at `v_full`: how many threads arrive there? Only `stsm` and `ldsm` in divergent code, a crash or a hang: some
-# lanes still wait at an mbarrier, `__syncwarp()` is missing.
+# deadlock at `v_full`: how many threads arrive there? A crash or a hang at ldmatrix or stmatrix: its warp is
+# divergent, as some lanes still wait at an mbarrier; `__syncwarp()` is missing. A hang at `q_full`: who loads Q?
 
 # %%
 built = host.KERNEL.build(128, host.E4M3, False)

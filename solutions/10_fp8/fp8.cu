@@ -133,11 +133,12 @@ __device__ __forceinline__ float query_factor(const Tile& tile, const Problem& p
 // Where 16-byte chunk `chunk` of row `row` of a tile lies: the 128-byte swizzle.
 __device__ __forceinline__ u32 swizzled(int row, int chunk) { return row * 128 + ((chunk ^ row % 8) * 16); }
 
-// V (kBlockK, kHeadDim) -> (kHeadDim, kBlockK), bytes, the keys in the order of kv_order. Each of the four warps takes
+// V (kBlockK, kHeadDim) -> (kHeadDim, kBlockK), bytes, keys in the order of layouts.py's key_at. Each of the four warps takes
 // 16 keys x 32 channels at a time: four matrices of 8 keys x 16 channels, which are 8 x 8 units of two bytes.
 __device__ __forceinline__ void transpose_v(u32 v_rows, u32 v, int thread) {
     const int warp = thread / 32, lane = thread % 32;
-    // BEGIN SOLUTION: ldmatrix_x4_transposed, byte_permute, stmatrix_x4, with the addresses and selectors of layouts.py
+    // BEGIN SOLUTION: ldmatrix_x4_transposed, byte_permute, stmatrix_x4, with addresses and selectors of layouts.py. The
+    //: producer has 40 registers: addresses kept for many unrolled steps do not fit
     const int matrix = lane / 8, row = lane % 8;
     const u32 first = lane < 16 ? 0x6420 : 0x7531, second = lane < 16 ? 0x7531 : 0x6420;
 #pragma unroll
@@ -163,10 +164,11 @@ __device__ __forceinline__ void transpose_v(u32 v_rows, u32 v, int thread) {
 __device__ __forceinline__ void produce(Shared& shared, const Tile& tile, const TensorMap& q_map,
                                         const TensorMap& k_map, const TensorMap& v_map) {
     const int thread = threadIdx.x;
-    // BEGIN SOLUTION: for block n, thread 0 loads K as in chapter 9 and V into v_rows (which all have read two blocks
-    //: ago: the barrier at the end says so); then all turn round V of block n - 1: wait until its bytes are there and
-    //: until its slot in v is empty, transpose, fence_proxy_async (the tensor cores read it), arrive at v_full (128
-    //: arrivals), and named_barrier_sync(kProducerBarrier, 128). One iteration more than there are blocks.
+    // BEGIN SOLUTION: thread 0 loads Q as in chapter 9. Then for block n, thread 0 loads V into v_rows (all have read the
+    //: slot's last block: the barrier at the end says so) and K as in chapter 9; then all turn round V of block n - 1:
+    //: wait until its bytes are there and until its slot in v is empty, __syncwarp (ldmatrix needs all lanes together),
+    //: transpose, fence_proxy_async (the tensor cores read it), arrive at v_full (128 arrivals), and
+    //: named_barrier_sync(kProducerBarrier, 128). One iteration more than there are blocks.
     if (thread == 0) {
         mbarrier_arrive_expect_tx(&shared.q_full, kBytesQ);
         tma_load_5d(shared.q, &q_map, &shared.q_full, 0, tile.query_start, 0, tile.head, tile.batch);
@@ -268,7 +270,7 @@ __device__ __forceinline__ void pin(const float (&s)[kBlockK / 2]) {
 }
 
 // P in e4m3. Registers 8 j .. 8 j + 7 of S are 16 keys of two rows. They become registers 2 j (upper row) and 2 j + 1
-// of P: four bytes of one row, the keys in the order of kv_order.
+// of P: four bytes of one row, the keys in the order of key_at (layouts.py).
 __device__ __forceinline__ void round_p(u32 (&p)[kBlockK / 8], const float (&s)[kBlockK / 2]) {
     // BEGIN SOLUTION: pack_e4m3 with the four registers of S that p_registers in layouts.py names
 #pragma unroll

@@ -145,7 +145,8 @@ def test_quantise(answer: Answer) -> None:
 def test_quantise_ends(answer: Answer) -> None:
     codes, scales = answer.call(FILE, "quantise", torch.zeros(1, 1, 130, 64), 128)
     if not (fp8.decode_e4m3(codes) == 0).all() or not scales.isfinite().all():
-        raise CheckFailed("zeros must become codes of 0 with finite scales: 0 / 0 is NaN")
+        found = f"codes mean {fp8.decode_e4m3(codes).unique().tolist()}, scales are {scales.unique().tolist()}"
+        raise CheckFailed(f"zeros must become codes of 0 with finite scales (0 / 0 is NaN); the {found}")
     for bad in (torch.nan, torch.inf, -torch.inf):
         x = draw(1, 2, 40, 64)
         x[0, 1, 20, 5] = bad
