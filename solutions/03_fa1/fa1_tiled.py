@@ -93,6 +93,7 @@ def fa1_head(
             memory.store(l, rows, l_new)
             memory.store(m, rows, m_new)
             del Q_i, O_i, S_ij, P_ij  # free SRAM for the next blocks
+        del K_j, V_j  # or they would still be there while the next ones arrive
     # END SOLUTION
 
 
