@@ -24,12 +24,14 @@ constexpr int kConsumers = FA_CONSUMERS;       // warpgroups that compute; each 
 constexpr int kBlockK = FA_BLOCK_K;            // keys in a block
 constexpr int kStages = FA_STAGES;             // slots in the rings of K and V
 constexpr int kQueryStages = FA_QUERY_STAGES;  // with 2, the next tile's queries are there before this tile ends
+constexpr int kBlocksPerSM = FA_BLOCKS_PER_SM;  // thread blocks that share a multiprocessor
 constexpr bool kCausal = FA_CAUSAL;
 constexpr bool kBf16 = FA_BF16;
 constexpr int kProducerRegisters = FA_PRODUCER_REGISTERS, kConsumerRegisters = FA_CONSUMER_REGISTERS;
 
 constexpr int kBlockQ = 64 * kConsumers;
 constexpr int kThreads = 128 * (1 + kConsumers);
+constexpr bool kTurns = kConsumers > 1;  // a consumer alone has nobody to take turns with
 constexpr int kOutputColumns = kHeadDim < 128 ? kHeadDim : 128;  // of O that are on their way out at a time
 constexpr u32 kBytesQ = kBlockQ * kHeadDim * 2, kBytesKV = kBlockK * kHeadDim * 2;
 constexpr int kColumnBlocks = 0;         // V lies as (keys, head_dim)
@@ -146,7 +148,7 @@ __device__ __forceinline__ void consume(Shared& shared, const int consumer, cons
     const bool never = problem.len_k < 0;  // something that the compiler cannot know
     Cursor<kStages> k_cursor, v_cursor;
     Cursor<kQueryStages> q_cursor;
-    if (consumer == kConsumers - 1) named_barrier_arrive(next_turn, 256);  // consumer 0 may begin
+    if (kTurns && consumer == kConsumers - 1) named_barrier_arrive(next_turn, 256);  // consumer 0 may begin
 
     auto issue_qk = [&](float (&s)[kBlockK / 2]) {  // S = Q K^T, overwriting s
         const u64 q = wgmma_advance(q_descriptor, q_cursor.slot() * kBytesQ);
@@ -211,11 +213,11 @@ __device__ __forceinline__ void consume(Shared& shared, const int consumer, cons
             auto step = [&](auto masked, u32 (&old)[kBlockK / 4], u32 (&fresh)[kBlockK / 4]) {
                 float s[kBlockK / 2];
                 if (asks) mbarrier_wait(&shared.k_full[k_cursor.slot()], k_cursor.parity(), K_FULL, block);
-                named_barrier_sync(my_turn, 256);
+                if (kTurns) named_barrier_sync(my_turn, 256);
                 issue_qk(s);
                 if (asks) mbarrier_wait(&shared.v_full[v_cursor.slot()], v_cursor.parity(), V_FULL, block + 1);
                 issue_pv(o, old);
-                named_barrier_arrive(next_turn, 256);
+                if (kTurns) named_barrier_arrive(next_turn, 256);
                 wgmma_wait<1>();  // S is there, P V may go on
                 release(shared.k_empty, k_cursor);
                 if (decltype(masked)::value) mask(s, visible_top - block * kBlockK, visible_bottom - block * kBlockK);
@@ -269,7 +271,7 @@ __device__ __forceinline__ void consume(Shared& shared, const int consumer, cons
 }
 
 // ---- the kernel ----------------------------------------------------------------------------------------------------
-extern "C" __global__ void __launch_bounds__(kThreads, 1)
+extern "C" __global__ void __launch_bounds__(kThreads, kBlocksPerSM)
     fa3_forward(const __grid_constant__ TensorMap q_map, const __grid_constant__ TensorMap k_map,
                 const __grid_constant__ TensorMap v_map, const __grid_constant__ TensorMap o_map, float* lse,
                 u32* tile_counter, const __grid_constant__ Problem problem) {

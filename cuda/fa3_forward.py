@@ -3,31 +3,20 @@
 import ctypes
 import dataclasses
 import math
-import threading
 from functools import cache
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from fa_reference.kernels import (
-    Arguments,
-    CompiledKernel,
-    Descriptor,
-    LoadedKernel,
-    check_address,
-    compile_kernel,
-    encode,
-    require_hopper,
-    tile_geometry,
-)
+from fa_reference.kernels import CompiledKernel, LoadedKernel, compile_kernel, require_hopper, tile_geometry
+from fa_reference.kernels.persistent import SCHEDULE_FIELDS, PersistentLauncher, schedule
 from fa_reference.validation import check_attention_inputs
 
 SOURCE = Path(__file__).with_suffix(".cu")
 BARRIER_NAMES = ("q_full", "q_empty", "k_full", "k_empty", "v_full", "v_empty")  # as in the kernel's BarrierName
 DTYPES = (torch.float16, torch.bfloat16)
 MAX_PLANS = 1024  # different shapes remembered at a time
-L2_BYTES_FOR_KEYS = 32 * 2**20  # K and V of the heads in flight should fit into this much of the 50 MB L2
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,6 +30,7 @@ class Config:
     consumer_registers: int
     query_stages: int = 2
     stages: int = 2
+    blocks_per_sm: int = 1
 
     @property
     def block_q(self) -> int:
@@ -100,16 +90,7 @@ def choose_config(head_dim: int, len_q: int, len_k: int, causal: bool) -> Config
 class Problem(ctypes.Structure):
     """The kernel's `Problem`, field by field."""
 
-    _fields_ = [
-        ("len_q", ctypes.c_int),
-        ("len_k", ctypes.c_int),
-        ("query_tiles", ctypes.c_int),
-        ("heads", ctypes.c_int),
-        ("heads_q", ctypes.c_int),
-        ("queries_per_key_head", ctypes.c_int),
-        ("heads_per_section", ctypes.c_int),
-        ("scale", ctypes.c_float),
-    ]
+    _fields_ = [*SCHEDULE_FIELDS, ("scale", ctypes.c_float)]
 
 
 def compile_config(
@@ -122,6 +103,7 @@ def compile_config(
         "FA_BLOCK_K": config.block_k,
         "FA_STAGES": config.stages,
         "FA_QUERY_STAGES": config.query_stages,
+        "FA_BLOCKS_PER_SM": config.blocks_per_sm,
         "FA_CAUSAL": int(causal),
         "FA_BF16": int(dtype == torch.bfloat16),
         "FA_PRODUCER_REGISTERS": config.producer_registers,
@@ -145,59 +127,26 @@ class _Plan:
         self, q: Tensor, k: Tensor, v: Tensor, *, causal: bool, scale: float, config: Config, debug: bool, source: Path
     ) -> None:
         require_hopper(q.device)
-        batch, heads_q, len_q, head_dim = q.shape
-        heads_kv, len_k = k.shape[1:3]
-        self.geometry = (
-            tile_geometry(q, name="q", box_rows=config.block_q),
-            tile_geometry(k, name="k", box_rows=config.block_k),
-            tile_geometry(v, name="v", box_rows=config.block_k),
-            tile_geometry(torch.empty_like(q), name="o", box_rows=64, box_columns=config.output_columns),
+        geometry = {
+            "q": tile_geometry(q, name="q", box_rows=config.block_q),
+            "k": tile_geometry(k, name="k", box_rows=config.block_k),
+            "v": tile_geometry(v, name="v", box_rows=config.block_k),
+            "o": tile_geometry(torch.empty_like(q), name="o", box_rows=64, box_columns=config.output_columns),
+        }
+        problem = Problem(*schedule(q, k, block_q=config.block_q, causal=causal), scale)
+        kernel = _load(config, causal, q.dtype, debug, source)
+        self.launcher = PersistentLauncher(
+            kernel, geometry, problem, q.device, outputs=1, blocks_per_sm=config.blocks_per_sm
         )
-        query_tiles = math.ceil(len_q / config.block_q)
-        heads = batch * heads_q
-        # Causal: tiles of several heads run side by side, longest first, as many as keep their K and V in L2.
-        # Otherwise all tiles are equally long and the heads come one after the other.
-        heads_in_l2 = max(1, L2_BYTES_FOR_KEYS // (2 * len_k * head_dim * q.element_size()))
-        per_key_head = heads_q // heads_kv
-        section = min(heads, 2 ** int(math.log2(heads_in_l2)) * per_key_head) if causal else 1
-        problem = Problem(len_q, len_k, query_tiles, heads, heads_q, per_key_head, section, scale)
-        self.descriptors = tuple(Descriptor() for _ in self.geometry)
-        self.lse, self.counter = ctypes.c_void_p(), ctypes.c_void_p()
-        self.arguments = Arguments(*self.descriptors, self.lse, self.counter, problem)
-        self.addresses: tuple[int, ...] = ()  # of q, k, v, o, as encoded in the descriptors
-        self.lse_shape = (batch, heads_q, len_q)
+        self.lse_shape = q.shape[:3]
         self.device = q.device.index
-        self.grid = (min(query_tiles * heads, torch.cuda.get_device_properties(q.device).multi_processor_count),)
-        self.counters: dict[int, Tensor] = {}  # stream -> the counter that its launches share
-        self.lock = threading.Lock()
-        self.kernel = _load(config, causal, q.dtype, debug, source)
 
     def run(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Allocate the outputs and queue the kernel on the current stream; the plan's device must be current."""
         o = torch.empty_like(q)
         lse = torch.empty(self.lse_shape, dtype=torch.float32, device=q.device)
-        with self.lock:  # the arguments are shared by all calls, and copied by the driver when it queues the kernel
-            addresses = (q.data_ptr(), k.data_ptr(), v.data_ptr(), o.data_ptr())
-            if addresses != self.addresses:
-                for name, address, geometry, slot in zip(
-                    "qkvo", addresses, self.geometry, self.descriptors, strict=True
-                ):
-                    check_address(address, name)
-                    ctypes.memmove(slot, encode(geometry, address), ctypes.sizeof(slot))
-                self.addresses = addresses
-            counter = self._tile_counter()
-            self.lse.value, self.counter.value = lse.data_ptr(), counter.data_ptr()
-            self.kernel.launch(self.device, self.grid, self.arguments)
+        self.launcher.launch((q, k, v, o), (lse,))
         return o, lse
-
-    def _tile_counter(self) -> Tensor:
-        """The scheduler's counter, zero before a launch and zero again after it: a stream needs only one."""
-        if torch.cuda.is_current_stream_capturing():
-            return torch.zeros(1, dtype=torch.int32, device=self.device)  # belongs to the graph
-        stream = torch._C._cuda_getCurrentRawStream(self.device)
-        if stream not in self.counters:
-            self.counters[stream] = torch.zeros(1, dtype=torch.int32, device=self.device)
-        return self.counters[stream]
 
 
 _plans: dict[tuple, _Plan] = {}
@@ -246,6 +195,5 @@ def forward(
         with torch.cuda.device(plan.device):
             result = plan.run(q, k, v)
     if debug:
-        plan.counters.clear()  # after a deadlock they are not zero
-        plan.kernel.check_deadlock(BARRIER_NAMES)
+        plan.launcher.check_deadlock(BARRIER_NAMES)
     return result

@@ -3,8 +3,9 @@
     python cuda/race_fp8.py [--out results] [--lengths 2048,4096,8192,16384] [--rounds 15] [--variants]
 
 First the checks: the quantiser bit for bit against fa_reference.fp8; random shapes (debug build first) against the
-emulation, and against float64 by root mean square error, which may be 1.1 times the emulation's; the paper's input and
-the activations of SmolLM2 in the same way; two-level accumulation at 64k keys. Then the race, interleaved, in the
+emulation, and against float64 by root mean square error, which may be 1.1 times the emulation's; the error on the
+paper's input and on activations of SmolLM2, where the emulation adds as the tensor core does; two-level accumulation
+at 64k keys. Then the race, interleaved, in the
 paper's setting (16k tokens in all, hidden size 2048), and a record in results/forward_fp8_<device>_<day>.json.
 """
 
@@ -43,6 +44,7 @@ from fa_reference.bench.timing import (  # noqa: E402
     plan,
 )
 from fa_reference.fp8 import attention_fp8, kv_order, quantize, random_signs, rotate  # noqa: E402
+from fa_reference.fp8.online import Arithmetic  # noqa: E402
 from fa_reference.fp8.scales import Quantized  # noqa: E402
 from fa_reference.gold import gold_attention  # noqa: E402
 from fa_reference.inputs import KINDS, Case  # noqa: E402
@@ -122,9 +124,7 @@ def compare(q: Tensor, k: Tensor, v: Tensor, *, causal: bool, debug: bool = Fals
     ratio: RMSE over the emulation's; difference: RMS of kernel - emulation over the RMS of the output; lse: largest
     difference over what the scores' size allows. AssertionError for NaN or a wrong set of empty rows.
     """
-    signs = random_signs(q.shape[3], seed).to(DEVICE)
-    rows = quantise_fp8.quantise(q, k, v, signs=signs, v_transposed=False)
-    turned = quantise_fp8.quantise(q, k, v, signs=signs)
+    rows, turned = both_forms(q, k, v, seed)
     o_emulated, lse_emulated = attention_fp8(*operands(rows), causal=causal)
     gold, _ = gold_attention(q, k, v, causal=causal)
     size = max(rms(o_emulated), 1e-30)
@@ -142,6 +142,39 @@ def compare(q: Tensor, k: Tensor, v: Tensor, *, causal: bool, debug: bool = Fals
         found |= {"lse": lse_off, "rmse": rmse}
         worst |= {key: max(worst[key], value) for key, value in found.items()}
     return worst
+
+
+def both_forms(q: Tensor, k: Tensor, v: Tensor, seed: int) -> tuple[quantise_fp8.QuantisedInputs, ...]:
+    """(V as it lies, V transposed) of 16-bit inputs."""
+    signs = random_signs(q.shape[3], seed).to(DEVICE)
+    return tuple(quantise_fp8.quantise(q, k, v, signs=signs, v_transposed=turned) for turned in (False, True))
+
+
+TENSOR_CORE = Arithmetic(qk="tensor_core", pv="tensor_core")
+
+
+def error_on(q: Tensor, k: Tensor, v: Tensor, *, causal: bool, seed: int = 0) -> dict[str, float]:
+    """RMSE against float64 of the kernel and of the emulation, each with one and with two levels of sums.
+
+    The kernel's one level is to be compared with the emulation of the tensor core's 14-bit sums, its two levels with
+    float32 sums. "ratio": the largest of both, and of both forms of V.
+    """
+    rows, turned = both_forms(q, k, v, seed)
+    gold, _ = gold_attention(q, k, v, causal=causal)
+
+    def error(o: Tensor) -> float:
+        return rms(o.double() - gold)
+
+    found = {"output": rms(gold), "emulation, float32 sums": error(attention_fp8(*operands(rows), causal=causal)[0])}
+    short = attention_fp8(*operands(rows), causal=causal, arithmetic=TENSOR_CORE)[0]
+    found["emulation, 14-bit sums"] = error(short)
+    found["kernel"] = max(error(fp8.forward_fp8(**made.arguments(), causal=causal)[0]) for made in (rows, turned))
+    found["ratio"] = found["kernel"] / found["emulation, 14-bit sums"]
+    if q.shape[3] in fp8.TWO_LEVEL_CONFIGS:
+        two = fp8.forward_fp8(**turned.arguments(), causal=causal, two_level=True)[0]
+        found["kernel, two levels"] = error(two)
+        found["ratio"] = max(found["ratio"], found["kernel, two levels"] / found["emulation, float32 sums"])
+    return found
 
 
 def random_case(rng: random.Random) -> tuple[Made, bool, str]:
@@ -185,11 +218,11 @@ def check_inputs() -> list[dict]:
         lengths = (1024, 4096, 4096)
         made = (KINDS["outliers"]((1, 2, n, head_dim), generator).to(DEVICE, torch.bfloat16) for n in lengths)
         name = f"paper's input, d {head_dim}, {'causal' if causal else 'full'}, seed {seed}"
-        rows.append({"input": name} | compare(*made, causal=causal, seed=seed))
+        rows.append({"input": name} | error_on(*made, causal=causal, seed=seed))
     for layer in LAYERS:
         a = load_activations(layer)
         made = (x.to(DEVICE, torch.float16) for x in (a.q, a.k, a.v))
-        rows.append({"input": f"SmolLM2, layer {layer}"} | compare(*made, causal=True))
+        rows.append({"input": f"SmolLM2, layer {layer}"} | error_on(*made, causal=True))
     return rows
 
 

@@ -76,10 +76,14 @@ class Yardstick:
         """The yardstick for attention on q, k, v (shapes as in gold_attention), on their device.
 
         baseline: called like gold_attention; another one than the pinned is for FP8, whose P has a format of its own.
+        ValueError if the baseline's output is not finite: such input can judge nobody.
         """
         gold_o, gold_lse = gold_attention(q, k, v, causal=causal, scale=scale)
         base_o, base_lse = baseline(q, k, v, causal=causal, scale=scale)
         base = base_o.double() - gold_o
+        if not base.isfinite().all():
+            wrong = int((~base.isfinite()).sum())
+            raise ValueError(f"{wrong} of {base.numel()} numbers of the baseline or of float64 attention are not finite")
         # The floor: a float32 score, a sum of d products, is rounded at its own size, and its probability, O and lse
         # with it. On a small case the baseline may be luckier than that.
         finite = gold_lse[gold_lse.isfinite()].abs()

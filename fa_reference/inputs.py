@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 LAYOUTS = ("bhnd", "bnhd", "padded")
+LARGEST_E4M3 = torch.finfo(torch.float8_e4m3fn).max
 
 
 def _normal(shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
@@ -63,9 +64,14 @@ class Case:
         return replace(self, **changes)
 
     def make(self, device: str = "cpu") -> tuple[Tensor, Tensor, Tensor]:
-        """q (B, H_q, N_q, d), k and v (B, H_kv, N_k, d) in this case's dtype and layout on `device`."""
+        """q (B, H_q, N_q, d), k and v (B, H_kv, N_k, d) in this case's dtype and layout on `device`.
+
+        float8_e4m3fn: without a scale, and what is too large becomes 448, e4m3's largest number.
+        """
         q, k, v = self._smollm2() if self.kind == "smollm2" else self._random()
         dtype = getattr(torch, self.dtype)
+        if dtype == torch.float8_e4m3fn:  # some versions of torch make NaN of what is too large
+            q, k, v = (x.clamp(-LARGEST_E4M3, LARGEST_E4M3) for x in (q, k, v))
         return tuple(_laid_out(x.to(device=device, dtype=dtype), self.layout) for x in (q, k, v))
 
     def _random(self) -> tuple[Tensor, Tensor, Tensor]:

@@ -51,15 +51,16 @@ class PersistentLauncher:
         problem: ctypes.Structure,
         device: torch.device,
         outputs: int = 2,
+        blocks_per_sm: int = 1,
     ) -> None:
         """geometry: of what has a map, in order. problem: the kernel's, which starts with SCHEDULE_FIELDS. outputs: how
-        many pointers stand between the maps and the counter."""
+        many pointers stand between the maps and the counter. blocks_per_sm: thread blocks that fit into an SM."""
         self.kernel, self.geometry, self.problem, self.device = kernel, geometry, problem, device.index
         self.descriptors = tuple(Descriptor() for _ in geometry)
         self.outputs, self.counter = [ctypes.c_void_p() for _ in range(outputs)], ctypes.c_void_p()
         self.arguments = Arguments(*self.descriptors, *self.outputs, self.counter, problem)
         self.addresses: tuple[int, ...] = ()  # as encoded in the descriptors
-        blocks = torch.cuda.get_device_properties(device).multi_processor_count
+        blocks = blocks_per_sm * torch.cuda.get_device_properties(device).multi_processor_count
         self.grid = (min(problem.query_tiles * problem.heads, blocks),)
         self.counters: dict[int, Tensor] = {}  # stream -> the counter that its launches share
         self.lock = threading.Lock()
