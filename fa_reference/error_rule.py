@@ -83,7 +83,7 @@ class Yardstick:
         base = base_o.double() - gold_o
         if not base.isfinite().all():
             wrong = int((~base.isfinite()).sum())
-            raise ValueError(f"{wrong} of {base.numel()} numbers of the baseline or of float64 attention are not finite")
+            raise ValueError(f"{wrong} of {base.numel()} numbers of the baseline are not finite: unfit to judge by")
         # The floor: a float32 score, a sum of d products, is rounded at its own size, and its probability, O and lse
         # with it. On a small case the baseline may be luckier than that.
         finite = gold_lse[gold_lse.isfinite()].abs()
