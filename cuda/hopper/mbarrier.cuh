@@ -29,7 +29,8 @@ __device__ __forceinline__ void mbarrier_arrive(u64* barrier) {
     asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(shared_address(barrier)) : "memory");
 }
 
-// Announces `bytes` that TMA will deliver in this phase, then arrives once. Must come before the copy is issued.
+// Announces `bytes` that TMA delivers in this phase, then arrives once. Bytes may come before their announcement, as the
+// phase cannot end while this arrival is missing; the kernels here announce first, which is easier to get right.
 __device__ __forceinline__ void mbarrier_arrive_expect_tx(u64* barrier, u32 bytes) {
     asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(shared_address(barrier)), "r"(bytes)
                  : "memory");

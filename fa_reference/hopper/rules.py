@@ -122,10 +122,11 @@ class WrongTxBytes(RuleBroken):
     """PTX ISA: mbarrier, tx-count; cp.async.bulk.tensor."""
 
     rule = (
-        "the bytes of arrive.expect_tx must be exactly those that the TMA loads of that phase bring. Rows outside the "
-        "tensor count too: they are filled with zeros."
+        "the bytes of arrive.expect_tx must be exactly those that the TMA loads of that phase bring, and be announced "
+        "before the phase's last arrival, or with it (not necessarily before the load). Rows outside the tensor count "
+        "too: they are filled with zeros."
     )
-    likely = "arrive_expect_tx names the wrong size, or does not stand before every load on that mbarrier."
+    likely = "arrive_expect_tx names the wrong size, or is missing for a load on that mbarrier."
 
 
 class BarrierCount(RuleBroken):

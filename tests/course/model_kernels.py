@@ -470,6 +470,28 @@ def reads_bytes_that_nobody_announced(sm, wrong):
     return {"worker": role}
 
 
+@breaks(WrongTxBytes)
+def announces_after_the_phase_may_have_ended(sm, wrong):
+    """A load may come before its announcement, and the tx-count go below zero: as long as an arrival is missing too."""
+    X, tile = matrix(sm), sm.smem("tile", (64, 64), "float16")
+    full, issued = sm.mbarrier("full", 1 if wrong else 2), sm.mbarrier("issued", 1)
+
+    async def loader(wg):
+        await wg.tma_load(tile, X, 0, full)
+        await wg.mbarrier_arrive(issued)
+        await wg.sleep_until(1e5)
+        assert full.tx == -tile.bytes, "the bytes have come, and nobody has announced them"
+        await wg.mbarrier_arrive_expect_tx(full, tile.bytes)
+        await wg.mbarrier_wait(full, 0)
+        await wg.load_shared(tile)
+
+    async def helper(wg):
+        await wg.mbarrier_wait(issued, 0)
+        await wg.mbarrier_arrive(full)
+
+    return {"loader": loader, "helper": helper}
+
+
 @breaks(BarrierCount, "named barrier 1")
 def counts_differ(sm, wrong):
     async def role(wg):
