@@ -66,6 +66,7 @@ class _Warpgroup:
         self.committed = {"QK": 0, "PV": 0}
         self.waits: dict[str, int] = {}
         self.operand = "QK"  # what the next group multiplies
+        self.waited = ""  # the mbarrier, if the last event was a wait at one
         self.finished = ""  # the group that the last wait completed, if nothing has happened since
         self.last = 0  # end of the event before
         self.committing = False  # whether that was a commit
@@ -87,9 +88,13 @@ class _Warpgroup:
                 self.operand = "QK" if name == "K_full" else "PV"
             self._wait(name, event, self._count(name))
         elif event.kind == Kind.BARRIER:
+            if self.waited == "V_empty":
+                number = self._count("turn V round")
+                self.spans.append(Span(self.track, "math", "turn V round", self.last, event.start, number, self.track))
             self._wait(f"barrier {event.detail}", event, self._count(f"barrier {event.detail}"))
         elif event.kind == Kind.WGMMA:
             self._wgmma(event)
+        self.waited = name if event.kind == Kind.MBARRIER else ""
         self.last = event.stop
 
     def _count(self, name: str) -> int:

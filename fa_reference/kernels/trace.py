@@ -2,7 +2,7 @@
 
 On an H100 or H200:
 
-    python -m fa_reference.kernels.trace                  # chapters 7, 8, 9 into results/
+    python -m fa_reference.kernels.trace                  # chapters 6 to 10 into results/
     python -m fa_reference.kernels.trace 9 --head-dim 64 --out folder
 
 writes trace_<chapter>_<device>.json (format: fa_reference/hopper/trace.py; ui.perfetto.dev opens it) and a figure, and
@@ -13,7 +13,7 @@ waits took (trace.cuh), and start and end of the kernel are inserted into a copy
 import argparse
 import json
 import statistics
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
@@ -31,6 +31,15 @@ KERNELS = {  # chapter -> host file
     7: "07_warp_specialised/warp_specialised.py",
     8: "08_pingpong/pingpong.py",
     9: "09_two_stage/fa3.py",
+    10: "10_fp8/fp8.py",
+}
+E4M3 = torch.float8_e4m3fn
+# What the builds that record everything change in a kernel: chapter 10's producer has no registers left for the marks.
+MORE_REGISTERS = {
+    "fp8.cu": (
+        "kProducerRegisters = 40, kConsumerRegisters = 232",
+        "kProducerRegisters = 56, kConsumerRegisters = 224",
+    )
 }
 WARPGROUPS, SLOTS = 4, 65536  # as in trace.cuh
 BLOCKS = 4  # recorded, from FIRST_BLOCK on: by then every SM has finished some
@@ -39,16 +48,27 @@ CYCLES, EVERYTHING = 1, 2  # levels of FA_TRACE
 
 
 def kernel_of(chapter: int) -> AttentionKernel:
-    """The solution's kernel of a chapter, 6 to 9."""
+    """The solution's kernel of a chapter, 6 to 10."""
     return load_file(ROOT / "solutions" / KERNELS[chapter]).KERNEL
+
+
+def input_type(kernel: AttentionKernel) -> torch.dtype:
+    """What a kernel is recorded with: bfloat16, or e4m3 if it takes nothing else."""
+    return E4M3 if kernel.dtypes == (E4M3,) else torch.bfloat16
 
 
 def instrument(source: Path, *, level: int, producer: bool, first_block: int, blocks: int = BLOCKS) -> Path:
     """A copy of a kernel's file, in the cache, that records; ValueError if the places for the two marks are not there.
 
-    level: CYCLES or EVERYTHING. producer: warpgroup 0 is a producer. first_block, blocks: which are recorded.
+    level: CYCLES or EVERYTHING. producer: the work of warpgroup 0 is done by one thread, whichever is elected.
+    first_block, blocks: which are recorded.
     """
     text = source.read_text()
+    if level == EVERYTHING and source.name in MORE_REGISTERS:
+        before, after = MORE_REGISTERS[source.name]
+        if text.count(before) != 1:
+            raise ValueError(f"{source.name} has {text.count(before)} times, not once: {before!r}")
+        text = text.replace(before, after)
     entry = text.find("__global__")
     anchor = "*reinterpret_cast<Shared*>(shared_bytes);\n"
     place = text.find(anchor, entry)
@@ -77,14 +97,14 @@ def instrument(source: Path, *, level: int, producer: bool, first_block: int, bl
 
 
 def traced_source(kernel: AttentionKernel, level: int, first_block: int, blocks: int = BLOCKS) -> Path:
-    """`instrument` for a chapter's kernel: it has a producer if it has more threads than its rows need."""
-    producer = kernel.threads > 2 * kernel.block_q
+    """`instrument` for a chapter's kernel. One that elects a thread lets it produce."""
+    producer = "elect_one()" in kernel.source.read_text()
     return instrument(kernel.source, level=level, producer=producer, first_block=first_block, blocks=blocks)
 
 
-def build(kernel: AttentionKernel, head_dim: int, dtype: torch.dtype, level: int = EVERYTHING) -> CompiledKernel:
+def build(kernel: AttentionKernel, head_dim: int, level: int = EVERYTHING) -> CompiledKernel:
     """A tracing build without running it: needs no GPU."""
-    return kernel.build(head_dim, dtype, False, source=traced_source(kernel, level, 0))
+    return kernel.build(head_dim, input_type(kernel), False, source=traced_source(kernel, level, 0))
 
 
 def decode(words: Sequence[Sequence[int]]) -> list[Event]:
@@ -101,10 +121,33 @@ def decode(words: Sequence[Sequence[int]]) -> list[Event]:
     return sorted(events, key=lambda event: event.start)
 
 
+def launcher(
+    kernel: AttentionKernel, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor
+) -> Callable[[Path | None], object]:
+    """A function that launches the build of a file (None: the kernel's own) on bfloat16 tensors.
+
+    For chapter 10's kernel they are quantised once, and its three scales are parameters of their own.
+    """
+    if input_type(kernel) != E4M3:
+        return lambda source: kernel.forward(q, k, v, source=source)
+    host = load_file(kernel.source.with_suffix(".py"))
+    inputs = host.quantised(q, k, v)
+    codes = [inputs[name] for name in "qkv"]
+    pointers = (inputs[f"{name}_scale"].data_ptr() for name in "qkv")
+    scales = host.Scales(*pointers, *(inputs[f"{name}_scale"].shape[2] for name in "qk"))
+    o, lse = torch.empty_like(q), torch.empty(q.shape[:3], device=q.device)
+
+    def launch(source: Path | None) -> object:
+        options = {"causal": False, "scale": q.shape[-1] ** -0.5, "source": source, "extra": [scales]}
+        kernel.launch(*codes, o, lse, **options)
+        return inputs  # the scales must live until the kernel has run
+
+    return launch
+
+
 def record(
     kernel: AttentionKernel,
     head_dim: int,
-    dtype: torch.dtype,
     *,
     level: int = EVERYTHING,
     key_blocks: int = KEY_BLOCKS,
@@ -116,16 +159,17 @@ def record(
     """
     length = key_blocks * kernel.block_k
     shape = (1, length, heads, head_dim)
-    q, k, v = (torch.randn(shape, device="cuda", dtype=dtype).transpose(1, 2) for _ in range(3))
+    q, k, v = (torch.randn(shape, device="cuda", dtype=torch.bfloat16).transpose(1, 2) for _ in range(3))
+    launch = launcher(kernel, q, k, v)
     sms = torch.cuda.get_device_properties(q.device).multi_processor_count
     blocks_in_grid = heads * (-(-length // kernel.block_q))
     source = traced_source(kernel, level, min(4 * sms, max(0, blocks_in_grid // 2 - BLOCKS)))
     for _ in range(3):
-        kernel.forward(q, k, v)  # the release build, so that clocks and caches are as in a benchmark
-    kernel.forward(q, k, v, source=source)
-    found = loaded(kernel, head_dim, dtype, False, False, source)
+        launch(None)  # the release build, so that clocks and caches are as in a benchmark
+    launch(source)
+    found = loaded(kernel, head_dim, input_type(kernel), False, False, source)
     found.clear_global("fa_trace_events")
-    kernel.forward(q, k, v, source=source)
+    launch(source)
     words = found.read_global("fa_trace_events", 4 * BLOCKS * WARPGROUPS * SLOTS)
     slots = torch.tensor(words, dtype=torch.int64).view(BLOCKS, WARPGROUPS, SLOTS, 4)
     used = kernel.threads // 128
@@ -170,7 +214,7 @@ def draw(path: Path) -> None:
 def main(arguments: Sequence[str] | None = None) -> None:
     """The command line."""
     parser = argparse.ArgumentParser(description="Record in-kernel timelines of the chapters' kernels on a Hopper GPU.")
-    parser.add_argument("chapters", nargs="*", type=int, default=[7, 8, 9])
+    parser.add_argument("chapters", nargs="*", type=int, default=list(KERNELS))
     parser.add_argument("--head-dim", type=int, default=128, choices=(64, 128))
     parser.add_argument("--heads", type=int, default=HEADS)
     parser.add_argument("--out", type=Path, default=RESULTS)
@@ -178,11 +222,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options.out.mkdir(parents=True, exist_ok=True)
     for chapter in options.chapters:
         kernel = kernel_of(chapter)
-        everything = record(kernel, options.head_dim, torch.bfloat16, heads=options.heads)
+        everything = record(kernel, options.head_dim, heads=options.heads)
         cycles = [cycles_of(block) for block in everything]
         release = statistics.median(
-            cycles_of(block)
-            for block in record(kernel, options.head_dim, torch.bfloat16, level=CYCLES, heads=options.heads)
+            cycles_of(block) for block in record(kernel, options.head_dim, level=CYCLES, heads=options.heads)
         )
         slower = statistics.median(cycles) / release - 1
         chosen = sorted(range(BLOCKS), key=lambda b: cycles[b])[BLOCKS // 2]
@@ -202,7 +245,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
                 "len": KEY_BLOCKS * kernel.block_k,
                 "heads": options.heads,
                 "head_dim": options.head_dim,
-                "dtype": "bf16",
+                "dtype": "e4m3" if input_type(kernel) == E4M3 else "bf16",
             },
             cycles=cycles[chosen],
             cycles_of_blocks=cycles,

@@ -1,9 +1,6 @@
 """The in-kernel timeline without a GPU: tracing builds are clean, and spans follow from events made up here."""
 
-import itertools
-
 import pytest
-import torch
 
 from fa_reference.hopper.trace import read_trace, write_trace
 from fa_reference.kernels import KernelUnavailable, compiler_version, count_instructions, sass_instructions
@@ -15,14 +12,15 @@ try:
 except KernelUnavailable as error:
     pytest.skip(str(error), allow_module_level=True)
 
-CHAPTERS = (7, 8, 9)
+CHAPTERS = (7, 8, 9, 10)
+VARIANTS = [(chapter, d) for chapter in (6, 7, 8, 9) for d in (64, 128)] + [(10, 128)]
 BARRIERS = ("q_full", "k_full", "k_empty", "v_full", "v_empty")
 K_FULL, V_FULL = 1, 3
 
 
-@pytest.mark.parametrize(("chapter", "head_dim"), list(itertools.product((6, *CHAPTERS), (64, 128))))
+@pytest.mark.parametrize(("chapter", "head_dim"), VARIANTS)
 def test_a_tracing_build_has_no_spills_and_no_serialised_wgmma(chapter, head_dim):
-    compiled = tracing.build(tracing.kernel_of(chapter), head_dim, torch.bfloat16)
+    compiled = tracing.build(tracing.kernel_of(chapter), head_dim)
     used = compiled.report.kernels["attention"]
     assert used.spill_store_bytes + used.spill_load_bytes == 0
     assert compiled.report.notes == (), compiled.report.describe()
@@ -31,17 +29,17 @@ def test_a_tracing_build_has_no_spills_and_no_serialised_wgmma(chapter, head_dim
 @pytest.mark.parametrize("chapter", CHAPTERS)
 def test_marks_are_in_the_tracing_build_alone_and_leave_the_wgmmas_as_they_were(chapter):
     kernel = tracing.kernel_of(chapter)
-    release = kernel.build(128, torch.bfloat16, False)
-    traced = tracing.build(kernel, 128, torch.bfloat16)
+    release = kernel.build(128, tracing.input_type(kernel), False)
+    traced = tracing.build(kernel, 128)
     clocks = [
         sum("SR_CLOCKLO" in line for line in sass_instructions(build.cubin))
-        for build in (release, tracing.build(kernel, 128, torch.bfloat16, tracing.CYCLES), traced)
+        for build in (release, tracing.build(kernel, 128, tracing.CYCLES), traced)
     ]
     assert clocks[0] == 0
     assert clocks[1] >= 2, "start and end"
     assert clocks[2] > clocks[1] + 8, "waits and commits"
     counts = [count_instructions(build.cubin) for build in (release, traced)]
-    for name in ("HGMMA", "UTMALDG", "MUFU", "WARPGROUP", "BAR"):
+    for name in ("HGMMA", "QGMMA", "UTMALDG", "MUFU", "LDSM", "STSM", "WARPGROUP", "BAR"):
         assert counts[0][name] == counts[1][name], name
 
 
@@ -113,6 +111,13 @@ def test_groups_are_completed_in_order_by_the_waits_that_cover_them():
     assert [s.stop - s.start for s in named(spans, "consumer 0", "epilogue")] == [400]
     assert [s.stop - s.start for s in named(spans, "consumer 0", "issue PV")] == [20, 20]
     assert [s.iteration for s in named(spans, "consumer 0", "K_full")] == [0, 1]
+
+
+def test_a_producer_that_turns_v_round_calculates():
+    script = Script().wait(0, 40).wait(1, 30).wait(2, 50)  # V_rows_full, K_empty, V_empty
+    script(300, Kind.BARRIER, 3, 10).wait(0, 40)(10, Kind.END)
+    spans = spans_of({"producer": script.events}, ("v_rows_full", "k_empty", "v_empty"))
+    assert [(s.name, s.stop - s.start, s.iteration) for s in spans if s.kind == "math"] == [("turn V round", 300, 0)]
 
 
 def test_a_long_gap_after_a_commit_is_time_held():
