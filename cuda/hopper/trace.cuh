@@ -33,8 +33,11 @@ enum TraceEvent : u32 {  // the host has the same list
 #ifndef FA_TRACE_PRODUCER
 #define FA_TRACE_PRODUCER 0
 #endif
+#ifndef FA_TRACE_SLOTS  // a power of two: 65536 are enough for 262144 clocks
+#define FA_TRACE_SLOTS 65536
+#endif
 constexpr u32 kTraceWarpgroups = 4;
-constexpr u32 kTraceSlots = 65536;  // a power of two: enough for 262144 clocks
+constexpr u32 kTraceSlots = FA_TRACE_SLOTS;
 
 // (block, warpgroup, slot) of (clock at the beginning, clock at the end, event | detail << 4, 0); zeros: empty.
 extern "C" __device__ uint4 fa_trace_events[FA_TRACE_BLOCKS * kTraceWarpgroups * kTraceSlots] = {};

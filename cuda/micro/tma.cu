@@ -1,6 +1,7 @@
 // How long a TMA load takes from its instruction until a waiter sees it, and how many bytes a clock arrive.
 // One thread of each block loads boxes of kBoxRows x (columns of the map), `count` of them, `ahead` at a time.
-// out[block][0 .. 3]: clocks for all; bytes; the shortest and the median clocks of one load (ahead = 1).
+// out[block][0 .. 4]: clocks for all; bytes; the shortest and the median clocks of one load (ahead = 0), of which so many
+// pass (on average) before the thread can go on: for announcing the bytes and for the load's instruction.
 #include "hopper/mbarrier.cuh"
 #include "hopper/tma.cuh"
 #include "micro/common.cuh"
@@ -23,16 +24,20 @@ extern "C" __global__ void __launch_bounds__(32, 1)
             mbarrier_arrive_expect_tx(&full[slot], bytes);
             tma_load_5d(shared_bytes + slot * bytes, &map, &full[slot], 0, row, 0, 0, 0);
         };
+        u32 issuing = 0;
         const u64 start = clock_now();
         for (int i = 0; i < ahead; ++i) load(i);
         for (int i = 0; i < count; ++i) {
             const u64 began = clock_now();
-            if (ahead == 0) load(i);
+            if (ahead == 0) {
+                load(i);
+                issuing += clock_now() - began;
+            }
             mbarrier_wait(&full[i % kSlots], i / kSlots & 1);
             took[i % 64] = clock_now() - began;
             if (ahead > 0 && i + ahead < count) load(i + ahead);
         }
-        out += blockIdx.x * 4;
+        out += blockIdx.x * 5;
         out[0] = clock_now() - start;
         out[1] = count * bytes;
         for (int i = 1; i < 64; ++i)  // sort
@@ -42,5 +47,6 @@ extern "C" __global__ void __launch_bounds__(32, 1)
             }
         out[2] = took[0];
         out[3] = took[32];
+        out[4] = issuing / count;
     }
 }

@@ -74,7 +74,7 @@ struct ExpSumRound {
     }
 };
 
-// The warps of threads 0 .. kThreads - 1 of the caller (or all of the block, kThreads = 0) start together.
+// All of the block start together, or with kThreads > 0 so many threads behind the first warpgroup.
 template <class Operation, int kChains, int kThreads = 0>
 __device__ __forceinline__ void measure(u32* out) {
     float x[kChains], y[kChains];
@@ -101,7 +101,7 @@ __device__ __forceinline__ void measure(u32* out) {
 #pragma unroll
     for (int i = 0; i < kChains; ++i) sum += x[i];
     const u64 stop = clock_now() + (sum == 0.12345f);
-    const u32 thread = kThreads == 0 ? threadIdx.x : threadIdx.x % kThreads;
+    const u32 thread = kThreads == 0 ? threadIdx.x : threadIdx.x - 128;
     if (thread % 32 == 0) out[thread / 32] = stop - start;
 }
 
@@ -132,17 +132,19 @@ __device__ __forceinline__ void multiply(bool from_registers, int batches) {
     keep(d);
 }
 
-template <class Operation, int kChains>
+// Warpgroup 0 multiplies, the other kThreads threads measure.
+template <class Operation, int kChains, int kThreads = 128>
 __device__ __forceinline__ void beside(u32* out, int from_registers, int batches) {
     extern __shared__ __align__(1024) unsigned char shared_bytes[];
-    for (u32 i = threadIdx.x; i < 65536 / 4; i += 256) reinterpret_cast<u32*>(shared_bytes)[i] = 0x3c003b80u + i % 61;
+    for (u32 i = threadIdx.x; i < 65536 / 4; i += 128 + kThreads)
+        reinterpret_cast<u32*>(shared_bytes)[i] = 0x3c003b80u + i % 61;
     fence_proxy_async();
     __syncthreads();
     if (warp_uniform(threadIdx.x / 128) == 0) {
         if (from_registers) multiply(true, batches);
         else multiply(false, batches);
     } else {
-        measure<Operation, kChains, 128>(out);
+        measure<Operation, kChains, kThreads>(out);
     }
 }
 
@@ -151,6 +153,9 @@ __device__ __forceinline__ void beside(u32* out, int from_registers, int batches
     extern "C" __global__ void __launch_bounds__(512) latency_##name(u32* out) { measure<operation, 1>(out); } \
     extern "C" __global__ void __launch_bounds__(256, 1) beside_##name(u32* out, int from_registers, int batches) { \
         beside<operation, 16>(out, from_registers, batches); \
+    } \
+    extern "C" __global__ void __launch_bounds__(384, 1) beside2_##name(u32* out, int from_registers, int batches) { \
+        beside<operation, 16, 256>(out, from_registers, batches); \
     } \
     extern "C" __global__ void __launch_bounds__(256, 1) \
         latency_beside_##name(u32* out, int from_registers, int batches) { \

@@ -11,13 +11,22 @@ import argparse
 import ctypes
 import statistics
 import time
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass, replace
+from multiprocessing import get_context
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 
 from fa_reference.bench.record import RESULTS, provenance, save, slug
 from fa_reference.course import ROOT
+from fa_reference.hopper.timing import SMS
 from fa_reference.kernels import Arguments, CompiledKernel, LoadedKernel, compile_kernel, encode, tile_geometry
+from fa_reference.versions import load_file
+
+if TYPE_CHECKING:
+    from fa_reference.kernels.attention_host import AttentionKernel
 
 MICRO = ROOT / "cuda" / "micro"
 ROUNDS, CHAINS = 128, 16  # of units.cu
@@ -39,11 +48,30 @@ WGMMA_KINDS = ("ss", "rs", "fp8_ss", "fp8_rs")
 WGMMA_GROUPS = 64  # of wgmma.cu
 BARRIER_ROUNDS = 256  # of barriers.cu
 SOFTMAX_ROUNDS = 32
+# What is measured together: jobs of three warpgroups (beside.cu has the list), and how much later the third starts.
+BESIDE = {
+    "alone": ((0, 3, 0), 0),
+    "beside QK": ((1, 3, 0), 0),
+    "beside PV": ((2, 3, 0), 0),
+    "beside QK and PV": ((5, 3, 0), 0),
+    "beside softmax": ((3, 3, 0), 0),
+    "beside softmax, 300 clocks later": ((0, 3, 3), 300),
+    "beside softmax, 600 clocks later": ((0, 3, 3), 600),
+    "beside two softmaxes": ((3, 3, 3), 0),
+    "beside two softmaxes, 600 clocks later": ((3, 3, 3), 600),
+    "beside softmax and QK": ((1, 3, 3), 600),
+    "beside softmax and PV": ((2, 3, 3), 600),
+    "end alone": ((0, 4, 0), 0),
+    "end beside QK": ((1, 4, 0), 0),
+    "QK and PV together": ((5, 0, 0), 0),
+}
+PAIR = ("QK issued", "PV issued", "QK done", "PV done")
 LAUNCHES = 60
 BUSY_BATCHES = 200  # of 512 clocks: longer than any loop of units.cu beside them
 DELAYS = (0, 100, 256, 400, 600)
 TMA_SLOTS = 4  # of tma.cu
-KERNEL_CHAPTERS = (6, 7, 8, 9)
+KERNELS = [(chapter, head_dim) for chapter in (6, 7, 8, 9) for head_dim in (64, 128)] + [(10, 128)]
+BLOCK_LENGTHS = (32, 64)  # in blocks of keys
 L2_ROWS, HBM_ROWS = 1 << 16, 1 << 23  # of 256 bytes: 16.8 MB, 2.1 GB
 
 
@@ -82,7 +110,8 @@ def _run(
 
 def units() -> dict:
     """Clocks of a warp instruction on one of the four sub-cores: issued back to back by 1, 2, 4 warps each; latency;
-    and of one warp beside wgmmas of another. exp2_sum is three instructions, exp2_sum_round two of them and a rounding.
+    and of one or two warps beside wgmmas of another. exp2_sum is three instructions, exp2_sum_round two of them and a
+    rounding.
     """
     compiled, found = build("units"), {}
     for name in OPERATIONS:
@@ -98,6 +127,8 @@ def units() -> dict:
             found[name][f"clocks_beside_{kind}"] = round(statistics.median(clocks) / (ROUNDS * CHAINS), 3)
             clocks = _run(compiled, f"latency_beside_{name}", 256, *numbers, results=16, shared_bytes=65536)[:4]
             found[name][f"latency_beside_{kind}"] = round(statistics.median(clocks) / ROUNDS, 2)
+            clocks = _run(compiled, f"beside2_{name}", 384, *numbers, results=16, shared_bytes=65536)[:8]
+            found[name][f"clocks_beside_{kind}_two_warps"] = round(statistics.median(clocks) / (2 * ROUNDS * CHAINS), 3)
     found["quad_max"] = {"latency": round(_run(compiled, "quad_max", 32)[0] / ROUNDS, 1)}
     return found
 
@@ -137,6 +168,9 @@ def barriers() -> dict:
         "mbarrier_wait_when_complete": out[2] / BARRIER_ROUNDS,
         "mbarrier_arrive": out[3] / BARRIER_ROUNDS,
         "named_barrier_sync_alone": out[4] / BARRIER_ROUNDS,
+        "one_arrives_then_sync": out[5] / BARRIER_ROUNDS,
+        "mbarrier_arrive_keeps": (out[6] - out[8]) / BARRIER_ROUNDS,
+        "named_barrier_arrive_keeps": (out[7] - out[8]) / BARRIER_ROUNDS,
     }
 
 
@@ -166,16 +200,17 @@ def tma() -> dict:
             before=(descriptor,),
             grid=grid,
             shared_bytes=TMA_SLOTS * box * 256,
-            results=4 * grid,
+            results=5 * grid,
             times=1 if level == "HBM" else 3,
         )
-        return [out[i : i + 4] for i in range(0, len(out), 4)]
+        return [out[i : i + 5] for i in range(0, len(out), 5)]
 
     for level in tensors:
         found[level] = {}
         for box in (8, 64, 128):
-            _, _, shortest, median = loads(level, box=box, count=64, ahead=0, grid=1, apart=0)[0]
-            found[level][f"latency_{box * 256}_bytes"] = {"shortest": shortest, "median": median}
+            _, _, shortest, median, issuing = loads(level, box=box, count=64, ahead=0, grid=1, apart=0)[0]
+            latency = {"shortest": shortest, "median": median, "issuing": issuing}
+            found[level][f"latency_{box * 256}_bytes"] = latency
         for name, grid, apart, count in (
             ("one_sm", 1, 0, 256),
             ("all_sms_apart", sms, tensors[level].shape[2] // sms // 128 * 128, 256),
@@ -188,29 +223,138 @@ def tma() -> dict:
 
 
 def softmax() -> dict:
-    """Clocks of one softmax step of a warpgroup (softmax, rescale, round), alone and beside another warpgroup's work,
-    and of that work beside it."""
+    """Clocks of one softmax step of a warpgroup (softmax, rescale, round), and of its end (rescale, round) without the
+    rest, alone and beside other warpgroups' work; and of that work, as one batch or step of it.
+
+    QK and PV together are issued one behind the other: clocks until each is issued, and until each is done.
+    """
     found: dict = {}
     data = torch.randn(256, device="cuda")
     for head_dim in (64, 128):
-        compiled = build("beside", head_dim)
-        shared = 2 * head_dim * (128 + 4 * 128) + 1024
-        for mode, name in enumerate(("alone", "beside QK", "beside PV", "beside softmax")):
+        compiled, each = build("beside", head_dim), found.setdefault(f"d{head_dim}", {})
+        for name, (jobs, delay) in BESIDE.items():
+            if head_dim == 128 and jobs[2]:
+                continue  # registers for two warpgroups
             out = _run(
                 compiled,
                 "beside",
-                256,
+                384,
                 ctypes.c_void_p(data.data_ptr()),
-                ctypes.c_int(mode),
-                ctypes.c_int(SOFTMAX_ROUNDS),
+                *(ctypes.c_int(number) for number in (*jobs, 12 * SOFTMAX_ROUNDS, SOFTMAX_ROUNDS, delay)),
                 ctypes.c_float(0.1),
-                shared_bytes=shared,
+                shared_bytes=2 * head_dim * (128 + 4 * 128) + 1024,
             )
-            found.setdefault(f"d{head_dim}", {})[name] = {
-                "softmax": round(out[2] / out[3], 1),
-                "other": round(out[0] / out[1], 1) if out[1] else None,
-            }
+            clocks = [round(out[2 * w] / out[2 * w + 1], 1) if jobs[w] else None for w in range(3)]
+            each[name] = {"softmax": clocks[1], "other": clocks[0]} | ({"third": clocks[2]} if jobs[2] else {})
+            if jobs[0] == 5:
+                counted = SOFTMAX_ROUNDS // 2
+                each[name] |= dict(zip(PAIR, (round(total / counted, 1) for total in out[6:10]), strict=True))
     return found
+
+
+@dataclass(frozen=True)
+class Variant:
+    """A chapter's kernel with other tiles than its own, measured but never used for the model.
+
+    change: a name of solutions/09_two_stage/ablation.py. blocks_on_sm: more shared memory is asked for, so that only so
+    many fit. key_blocks: of block_k keys.
+    """
+
+    chapter: int
+    head_dim: int
+    block_k: int = 128
+    stages: int = 2
+    change: str = ""
+    blocks_on_sm: int = 0
+    key_blocks: int = 64
+
+    @property
+    def name(self) -> str:
+        """In words."""
+        parts = [f"chapter {self.chapter}, d {self.head_dim}"]
+        parts += [f"blocks of {self.block_k} keys"] * (self.block_k != 128)
+        parts += [f"{self.stages} slot{'s' * (self.stages > 1)}"] * (self.stages != 2)
+        parts += [self.change.replace("_", " ")] * bool(self.change)
+        parts += [f"{self.blocks_on_sm} on an SM"] * bool(self.blocks_on_sm)
+        parts += [f"{self.key_blocks} blocks of keys"] * (self.key_blocks != 64)
+        return ", ".join(parts)
+
+    def kernel(self) -> "AttentionKernel":
+        """Its host side."""
+        from fa_reference.kernels import trace
+
+        module = load_file(ROOT / "solutions" / trace.KERNELS[self.chapter])
+        module.BLOCK_K, module.STAGES = self.block_k, self.stages  # which shared_bytes reads
+        changes: dict = {"block_k": self.block_k, "stages": self.stages}
+        if self.change:
+            ablation = load_file(ROOT / "solutions" / "09_two_stage" / "ablation.py")
+            changes["source"] = ablation.source(f"{module.KERNEL.source.stem}:{self.change}")
+        if self.blocks_on_sm:
+            share = SHARED_OF_AN_SM // self.blocks_on_sm - 1024
+            changes["shared_bytes"] = lambda _: min(share, SHARED_OF_A_BLOCK)
+        return replace(module.KERNEL, **changes)
+
+
+SHARED_OF_AN_SM, SHARED_OF_A_BLOCK = 228 * 1024, 227 * 1024  # of each block the system takes 1 KiB
+VARIANTS = [
+    *(Variant(6, d, blocks_on_sm=n) for d, n in ((64, 1), (64, 2), (128, 1))),
+    *(Variant(chapter, d, block_k=n) for chapter in (7, 8, 9) for d in (64, 128) for n in (64, 96, 176)),
+    *(Variant(chapter, d, stages=3, block_k=n) for chapter in (7, 8, 9) for d, n in ((64, 128), (128, 64))),
+    *(Variant(7, d, stages=1) for d in (64, 128)),
+    *(Variant(9, d, change="no_turns") for d in (64, 128)),
+    *(Variant(7, d, change="deferred") for d in (64, 128)),
+    *(Variant(8, d, change=change) for d in (64, 128) for change in ("late", "qk_only")),
+    *(Variant(chapter, d, key_blocks=16) for chapter in (7, 8, 9) for d in (64, 128)),
+]
+
+
+def block_clocks(kernel: "AttentionKernel", head_dim: int, key_blocks: int) -> list[int]:
+    """Clocks of some blocks from start to end, in the middle of a grid that fills the GPU."""
+    from fa_reference.kernels import trace
+
+    return [
+        trace.cycles_of(block) for block in trace.record(kernel, head_dim, level=trace.CYCLES, key_blocks=key_blocks)
+    ]
+
+
+def variants() -> dict:
+    """Clocks of a block of every variant that compiles as it should."""
+    found = {}
+    for variant in VARIANTS:
+        try:
+            clocks = block_clocks(variant.kernel(), variant.head_dim, variant.key_blocks)
+            found[variant.name] = {"clocks": clocks, "remark": faults(variant)}
+        except Exception as error:  # the others are worth having
+            found[variant.name] = {"failed": f"{type(error).__name__}: {error}"}
+    return found
+
+
+def faults(variant: Variant) -> str:
+    """What makes a variant another kernel than it seems: spills, or products that the compiler made wait."""
+    kernel = variant.kernel()
+    report = kernel.build(variant.head_dim, torch.bfloat16, False).report
+    used = report.kernels["attention"]
+    spills = used.spill_store_bytes + used.spill_load_bytes
+    return "; ".join([f"{spills} bytes of spills"] * bool(spills) + [note.code for note in report.notes])
+
+
+def prepare() -> None:
+    """Compile all kernels that `kernels` and `variants` run, side by side. Before the GPU is used."""
+    with ProcessPoolExecutor(mp_context=get_context("fork")) as pool:
+        list(pool.map(_compile, VARIANTS))
+        list(pool.map(_compile, [Variant(c, d, key_blocks=n) for c, d in KERNELS for n in BLOCK_LENGTHS]))
+
+
+def _compile(variant: Variant) -> None:
+    from fa_reference.kernels import trace
+
+    try:
+        kernel = variant.kernel()
+        first = trace.middle_of_grid(kernel, variant.key_blocks, trace.HEADS, SMS)
+        for source in (None, trace.traced_source(kernel, trace.CYCLES, first)):
+            kernel.build(variant.head_dim, trace.input_type(kernel), False, source=source)
+    except Exception:  # whoever runs it will see it again
+        pass
 
 
 def kernel_cycles() -> dict:
@@ -220,33 +364,41 @@ def kernel_cycles() -> dict:
     from fa_reference.kernels import trace
 
     found = {}
-    for chapter in KERNEL_CHAPTERS:
+    for chapter, head_dim in KERNELS:
         kernel = trace.kernel_of(chapter)
-        for head_dim in (64, 128):
-            entry: dict = {}
-            for key_blocks in (32, 64):
-                blocks = trace.record(kernel, head_dim, torch.bfloat16, level=trace.CYCLES, key_blocks=key_blocks)
-                entry[f"block_of_{key_blocks}"] = [trace.cycles_of(block) for block in blocks]
-            monitor = Monitor(every_s=0.02)
-            shape = (4, 8192, 16, head_dim)
-            q, k, v = (torch.randn(shape, device="cuda", dtype=torch.bfloat16).transpose(1, 2) for _ in range(3))
-            start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            for launches in (20, LAUNCHES):
-                start.record()
-                for _ in range(launches):
-                    kernel.forward(q, k, v)
-                stop.record()
-                monitor.take()
-                while not stop.query():
-                    monitor()
-                    time.sleep(0.005)
-            entry["grid"] = {
-                "batch_len_heads": shape[:3],
-                "milliseconds": round(start.elapsed_time(stop) / LAUNCHES, 4),
-                "sm_clock_mhz": sorted({sample[0] for sample in monitor.samples}),
-            }
-            found[f"chapter {chapter}, d {head_dim}"] = entry
+        entry: dict = {f"block_of_{n}": block_clocks(kernel, head_dim, n) for n in BLOCK_LENGTHS}
+        monitor = Monitor(every_s=0.02)
+        shape = (4, 8192, 16, head_dim)
+        q, k, v = (torch.randn(shape, device="cuda", dtype=torch.bfloat16).transpose(1, 2) for _ in range(3))
+        launch = trace.launcher(kernel, q, k, v)
+        start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        for launches in (20, LAUNCHES):
+            start.record()
+            for _ in range(launches):
+                launch(None)
+            stop.record()
+            monitor.take()
+            while not stop.query():
+                monitor()
+                time.sleep(0.005)
+        entry["grid"] = {
+            "batch_len_heads": shape[:3],
+            "milliseconds": round(start.elapsed_time(stop) / LAUNCHES, 4),
+            "sm_clock_mhz": sorted({sample[0] for sample in monitor.samples}),
+        }
+        found[f"chapter {chapter}, d {head_dim}"] = entry
     return found
+
+
+MEASURES = {
+    "kernels": kernel_cycles,
+    "units": units,
+    "wgmma": wgmma,
+    "barriers": barriers,
+    "softmax": softmax,
+    "tma": tma,
+    "variants": variants,
+}
 
 
 def main() -> None:
@@ -255,19 +407,16 @@ def main() -> None:
         description="Measure the units of one SM, and the chapters' kernels in its clocks."
     )
     parser.add_argument("--out", type=Path, default=RESULTS)
+    parser.add_argument("--only", nargs="+", choices=MEASURES, default=list(MEASURES))
     options = parser.parse_args()
-    record = {"kind": "calibration", "provenance": provenance(["python", "-m", "fa_reference.hopper.calibrate"])}
+    if {"kernels", "variants"} & set(options.only):
+        prepare()
+    command = ["python", "-m", "fa_reference.hopper.calibrate", "--only", *options.only]
+    record = {"kind": "calibration", "provenance": provenance(command)}
     path = options.out / f"calibration_{slug(record['provenance']['device'])}.json"
-    for name, measure in {
-        "kernels": kernel_cycles,
-        "units": units,
-        "wgmma": wgmma,
-        "barriers": barriers,
-        "softmax": softmax,
-        "tma": tma,
-    }.items():
+    for name in options.only:
         try:
-            record[name] = measure()
+            record[name] = MEASURES[name]()
         except Exception as error:  # the others are worth having
             record[name] = {"failed": f"{type(error).__name__}: {error}"}
         save(record, path)

@@ -41,10 +41,11 @@ MORE_REGISTERS = {
         "kProducerRegisters = 56, kConsumerRegisters = 224",
     )
 }
-WARPGROUPS, SLOTS = 4, 65536  # as in trace.cuh
+WARPGROUPS = 4  # as in trace.cuh
 BLOCKS = 4  # recorded, from FIRST_BLOCK on: by then every SM has finished some
 KEY_BLOCKS, HEADS = 64, 16
 CYCLES, EVERYTHING = 1, 2  # levels of FA_TRACE
+SLOTS = {CYCLES: 4096, EVERYTHING: 65536}  # places for marks; two of a warpgroup need few
 
 
 def kernel_of(chapter: int) -> AttentionKernel:
@@ -80,6 +81,7 @@ def instrument(source: Path, *, level: int, producer: bool, first_block: int, bl
         "FA_TRACE_PRODUCER": int(producer),
         "FA_TRACE_FIRST_BLOCK": first_block,
         "FA_TRACE_BLOCKS": blocks,
+        "FA_TRACE_SLOTS": SLOTS[level],
     }
     text = (
         "".join(f"#define {name} {value}\n" for name, value in defines.items())
@@ -100,6 +102,12 @@ def traced_source(kernel: AttentionKernel, level: int, first_block: int, blocks:
     """`instrument` for a chapter's kernel. One that elects a thread lets it produce."""
     producer = "elect_one()" in kernel.source.read_text()
     return instrument(kernel.source, level=level, producer=producer, first_block=first_block, blocks=blocks)
+
+
+def middle_of_grid(kernel: AttentionKernel, key_blocks: int, heads: int, sms: int) -> int:
+    """The first block to record, with as many queries as keys: every SM has finished some by then."""
+    tiles = -(-key_blocks * kernel.block_k // kernel.block_q)
+    return min(4 * sms, max(0, heads * tiles // 2 - BLOCKS))
 
 
 def build(kernel: AttentionKernel, head_dim: int, level: int = EVERYTHING) -> CompiledKernel:
@@ -162,16 +170,15 @@ def record(
     q, k, v = (torch.randn(shape, device="cuda", dtype=torch.bfloat16).transpose(1, 2) for _ in range(3))
     launch = launcher(kernel, q, k, v)
     sms = torch.cuda.get_device_properties(q.device).multi_processor_count
-    blocks_in_grid = heads * (-(-length // kernel.block_q))
-    source = traced_source(kernel, level, min(4 * sms, max(0, blocks_in_grid // 2 - BLOCKS)))
+    source = traced_source(kernel, level, middle_of_grid(kernel, key_blocks, heads, sms))
     for _ in range(3):
         launch(None)  # the release build, so that clocks and caches are as in a benchmark
     launch(source)
     found = loaded(kernel, head_dim, input_type(kernel), False, False, source)
     found.clear_global("fa_trace_events")
     launch(source)
-    words = found.read_global("fa_trace_events", 4 * BLOCKS * WARPGROUPS * SLOTS)
-    slots = torch.tensor(words, dtype=torch.int64).view(BLOCKS, WARPGROUPS, SLOTS, 4)
+    words = found.read_global("fa_trace_events", 4 * BLOCKS * WARPGROUPS * SLOTS[level])
+    slots = torch.tensor(words, dtype=torch.int64).view(BLOCKS, WARPGROUPS, SLOTS[level], 4)
     used = kernel.threads // 128
     return [[decode(one[one[:, 2] != 0].tolist()) for one in block[:used]] for block in slots]
 

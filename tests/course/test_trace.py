@@ -49,7 +49,7 @@ def test_the_host_knows_the_events_of_the_header():
     names = [part.split("TRACE_")[1].split()[0].rstrip(",") for part in listed.split("\n") if "    TRACE_" in part]
     assert [kind.name for kind in Kind] == names
     assert f"kTraceWarpgroups = {tracing.WARPGROUPS};" in header
-    assert f"kTraceSlots = {tracing.SLOTS};" in header
+    assert f"#define FA_TRACE_SLOTS {tracing.SLOTS[tracing.EVERYTHING]}\n" in header
 
 
 def test_instrument_refuses_a_file_without_a_place_for_its_marks(tmp_path):
