@@ -12,7 +12,6 @@ import ctypes
 import statistics
 import time
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass, replace
 from multiprocessing import get_context
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -22,8 +21,8 @@ import torch
 from fa_reference.bench.record import RESULTS, provenance, save, slug
 from fa_reference.course import ROOT
 from fa_reference.hopper.timing import SMS
+from fa_reference.hopper.variants import VARIANTS, Variant
 from fa_reference.kernels import Arguments, CompiledKernel, LoadedKernel, compile_kernel, encode, tile_geometry
-from fa_reference.versions import load_file
 
 if TYPE_CHECKING:
     from fa_reference.kernels.attention_host import AttentionKernel
@@ -250,62 +249,6 @@ def softmax() -> dict:
                 counted = SOFTMAX_ROUNDS // 2
                 each[name] |= dict(zip(PAIR, (round(total / counted, 1) for total in out[6:10]), strict=True))
     return found
-
-
-@dataclass(frozen=True)
-class Variant:
-    """A chapter's kernel with other tiles than its own, measured but never used for the model.
-
-    change: a name of solutions/09_two_stage/ablation.py. blocks_on_sm: more shared memory is asked for, so that only so
-    many fit. key_blocks: of block_k keys.
-    """
-
-    chapter: int
-    head_dim: int
-    block_k: int = 128
-    stages: int = 2
-    change: str = ""
-    blocks_on_sm: int = 0
-    key_blocks: int = 64
-
-    @property
-    def name(self) -> str:
-        """In words."""
-        parts = [f"chapter {self.chapter}, d {self.head_dim}"]
-        parts += [f"blocks of {self.block_k} keys"] * (self.block_k != 128)
-        parts += [f"{self.stages} slot{'s' * (self.stages > 1)}"] * (self.stages != 2)
-        parts += [self.change.replace("_", " ")] * bool(self.change)
-        parts += [f"{self.blocks_on_sm} on an SM"] * bool(self.blocks_on_sm)
-        parts += [f"{self.key_blocks} blocks of keys"] * (self.key_blocks != 64)
-        return ", ".join(parts)
-
-    def kernel(self) -> "AttentionKernel":
-        """Its host side."""
-        from fa_reference.kernels import trace
-
-        module = load_file(ROOT / "solutions" / trace.KERNELS[self.chapter])
-        module.BLOCK_K, module.STAGES = self.block_k, self.stages  # which shared_bytes reads
-        changes: dict = {"block_k": self.block_k, "stages": self.stages}
-        if self.change:
-            ablation = load_file(ROOT / "solutions" / "09_two_stage" / "ablation.py")
-            changes["source"] = ablation.source(f"{module.KERNEL.source.stem}:{self.change}")
-        if self.blocks_on_sm:
-            share = SHARED_OF_AN_SM // self.blocks_on_sm - 1024
-            changes["shared_bytes"] = lambda _: min(share, SHARED_OF_A_BLOCK)
-        return replace(module.KERNEL, **changes)
-
-
-SHARED_OF_AN_SM, SHARED_OF_A_BLOCK = 228 * 1024, 227 * 1024  # of each block the system takes 1 KiB
-VARIANTS = [
-    *(Variant(6, d, blocks_on_sm=n) for d, n in ((64, 1), (64, 2), (128, 1))),
-    *(Variant(chapter, d, block_k=n) for chapter in (7, 8, 9) for d in (64, 128) for n in (64, 96, 176)),
-    *(Variant(chapter, d, stages=3, block_k=n) for chapter in (7, 8, 9) for d, n in ((64, 128), (128, 64))),
-    *(Variant(7, d, stages=1) for d in (64, 128)),
-    *(Variant(9, d, change="no_turns") for d in (64, 128)),
-    *(Variant(7, d, change="deferred") for d in (64, 128)),
-    *(Variant(8, d, change=change) for d in (64, 128) for change in ("late", "qk_only")),
-    *(Variant(chapter, d, key_blocks=16) for chapter in (7, 8, 9) for d in (64, 128)),
-]
 
 
 def block_clocks(kernel: "AttentionKernel", head_dim: int, key_blocks: int) -> list[int]:

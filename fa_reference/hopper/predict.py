@@ -13,6 +13,7 @@ import json
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from types import ModuleType
 
 import numpy as np
 
@@ -61,7 +62,7 @@ class WhatIf:
 
 
 def simulate(
-    schedule: str,
+    schedule: str | ModuleType,
     head_dim: int,
     *,
     key_blocks: int = KEY_BLOCKS,
@@ -71,11 +72,11 @@ def simulate(
     dtype: str = "float16",
     **options: int,
 ) -> Report:
-    """Run a chapter's schedule, by its name in schedules.CHAPTERS, on zeros; `blocks` of them share the SM.
+    """Run a schedule, by its name in schedules.CHAPTERS or as a module, on zeros; `blocks` of them share the SM.
 
     Raises RuleBroken, such as RegistersOverBudget, if the tiles do not fit.
     """
-    module = load_schedule(schedule)
+    module = load_schedule(schedule) if isinstance(schedule, str) else schedule
     consumers, length = module.CONSUMERS, key_blocks * block_k
     sm, roles = SM(timing), {}
     for i in range(blocks):
