@@ -75,6 +75,7 @@ class Group:
     facts: set[Fact] = field(default_factory=set)  # what holds when they are done
     fragments: list[Fragment] = field(default_factory=list)  # registers they use
     waiters: list[Callable[[], None]] = field(default_factory=list)
+    afterwards: list[Work] = field(default_factory=list)  # arithmetic that needs their registers
 
     def one_done(self) -> None:
         """One of the instructions has finished."""
@@ -173,6 +174,13 @@ class Agent:
         """Arithmetic on a tile, for which the next instruction will wait."""
         self.work.append(Work(unit, 128 * tile.registers, name, self.iteration, reduces, in_place))
 
+    def spend_when_free(self, unit: str, tile: Fragment, name: str) -> None:
+        """Arithmetic that overwrites an A fragment: as `spend`, but once no wgmma in flight reads one."""
+        self.spend(unit, tile, name)
+        reading = [f.in_flight for f in self.fragments if f.in_flight and f.dtype != "float32"]
+        if reading:
+            reading[0].afterwards.append(self.work.pop())
+
     async def finish_work(self) -> None:
         """Spend the time of the arithmetic since the last instruction (arithmetic.py)."""
         work, self.work = self.work, []
@@ -189,6 +197,7 @@ class Agent:
             await self.wait_for(what, group, lambda group=group: not group.running, 0)
             groups.pop(0)
             self.learn(group.facts)
+            self.work += group.afterwards
             for fragment in group.fragments:
                 if fragment.in_flight is group:
                     fragment.in_flight = None

@@ -86,9 +86,10 @@ class OnlineSoftmax:
         shift = -(m_new.finite_or(0.0) * self.scale_log2)
         rescale = exp2(fma(self.m, self.scale_log2, shift))
         P = exp2(fma(S, self.scale_log2, shift + self.offset if self.offset else shift))
-        self.l = fma(self.l, rescale, P.row_sum())
+        total, rounded = P.row_sum(), P.to(self.dtype)
+        self.l = fma(self.l, rescale, total)
         self.m = m_new
-        return P.to(self.dtype), rescale
+        return rounded, rescale
 
     def finish(self, O: Fragment) -> tuple[Fragment, Fragment]:
         """(O / l, log-sum-exp); 0 and -inf for rows without keys."""

@@ -100,8 +100,12 @@ class Fragment:
         return _compute(lambda x: np.where(np.isinf(x), np.float32(otherwise), x), self, unit="ALU", name="select")
 
     def to(self, dtype: str) -> "Fragment":
-        """Rounded to "float16", "bfloat16" or "float8_e4m3fn" and packed: an A fragment for wgmma."""
-        self.wg.spend("convert", self, "convert")
+        """Rounded to "float16", "bfloat16" or "float8_e4m3fn" and packed: an A fragment for wgmma.
+
+        The time for it is spent when no wgmma reads an A fragment of this warpgroup any more: kernels have one array
+        for P. (The numbers are there at once, in registers of their own.)
+        """
+        self.wg.spend_when_free("convert", self, "convert")
         return Fragment(self.wg, round_to(self.values, dtype), dtype)
 
 
