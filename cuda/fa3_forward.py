@@ -11,6 +11,7 @@ from torch import Tensor
 
 from fa_reference.kernels import CompiledKernel, LoadedKernel, compile_kernel, require_hopper, tile_geometry
 from fa_reference.kernels.persistent import SCHEDULE_FIELDS, PersistentLauncher, schedule
+from fa_reference.kernels.tile_choice import Choice, fastest
 from fa_reference.validation import check_attention_inputs
 
 SOURCE = Path(__file__).with_suffix(".cu")
@@ -63,28 +64,20 @@ CONFIGS = {
     (256, False): Config(256, 2, 64, 24, 240, query_stages=1),
     (256, True): Config(256, 2, 64, 24, 240, query_stages=1),
 }
-# Short sequences waste much of a large tile; a smaller one pays there. With its speed relative to the main choice,
-# measured where both fill their tiles (d 64, N 8192).
-ALTERNATIVES = {
-    (64, False): ((Config(64, 2, 176, 24, 240), 0.875),),
-    (64, True): ((Config(64, 2, 128, 24, 240), 0.87),),
-}
+# Short sequences: three blocks share an SM, each with a small tile, so that one's beginning and end run under the
+# others' products. Long ones lose by that, as K and V are loaded for 64 queries instead of 192.
+SHORT = {64: Config(64, 1, 64, 24, 136, blocks_per_sm=3)}
+SPEEDS = {64: ((1.0, 39_500), (0.95, 10_600))}  # of both, as in Choice; fitted on an H100 (LOG.md, section 8)
 HEAD_DIMS = tuple(sorted({head_dim for head_dim, _ in CONFIGS}))
 
 
-def computed_scores(config: Config, len_q: int, len_k: int, causal: bool) -> int:
-    """Scores that one head's tiles compute, needed or not."""
-    blocks = 0
-    for start in range(0, len_q, config.block_q):
-        seen = len_k if not causal else max(0, min(len_k, min(start + config.block_q, len_q) + len_k - len_q))
-        blocks += math.ceil(seen / config.block_k)
-    return blocks * config.block_q * config.block_k
-
-
 def choose_config(head_dim: int, len_q: int, len_k: int, causal: bool) -> Config:
-    """The tile sizes with the least work for these lengths, each weighed by its speed."""
-    choices = ((CONFIGS[head_dim, causal], 1.0), *ALTERNATIVES.get((head_dim, causal), ()))
-    return min(choices, key=lambda choice: computed_scores(choice[0], len_q, len_k, causal) / choice[1])[0]
+    """The tile sizes that should take the least time for these lengths."""
+    main = CONFIGS[head_dim, causal]
+    if head_dim not in SHORT:
+        return main
+    both = [Choice(c, *speed) for c, speed in zip((main, SHORT[head_dim]), SPEEDS[head_dim], strict=True)]
+    return fastest(both, len_q, len_k, causal)
 
 
 class Problem(ctypes.Structure):
@@ -133,7 +126,8 @@ class _Plan:
             "v": tile_geometry(v, name="v", box_rows=config.block_k),
             "o": tile_geometry(torch.empty_like(q), name="o", box_rows=64, box_columns=config.output_columns),
         }
-        problem = Problem(*schedule(q, k, block_q=config.block_q, causal=causal), scale)
+        order = schedule(q, k, block_q=config.block_q, causal=causal, blocks_per_sm=config.blocks_per_sm)
+        problem = Problem(*order, scale)
         kernel = _load(config, causal, q.dtype, debug, source)
         self.launcher = PersistentLauncher(
             kernel, geometry, problem, q.device, outputs=1, blocks_per_sm=config.blocks_per_sm

@@ -411,7 +411,7 @@ __device__ __forceinline__ void consume(Shared& shared, const int consumer, cons
 }
 
 // ---- the kernel ----------------------------------------------------------------------------------------------------
-extern "C" __global__ void __launch_bounds__(kThreads, 1)
+extern "C" __global__ void __launch_bounds__(kThreads, FA_BLOCKS_PER_SM)
     fa3_forward_fp8(const __grid_constant__ TensorMap q_map, const __grid_constant__ TensorMap k_map,
                     const __grid_constant__ TensorMap v_map, const __grid_constant__ TensorMap o_map, float* lse,
                     u32* tile_counter, const __grid_constant__ Problem problem) {

@@ -14,6 +14,7 @@ from fa_reference.fp8.attention import check_scale
 from fa_reference.fp8.hadamard import random_signs
 from fa_reference.kernels import CompiledKernel, LoadedKernel, compile_kernel, require_hopper, tile_geometry
 from fa_reference.kernels.persistent import SCHEDULE_FIELDS, PersistentLauncher, schedule
+from fa_reference.kernels.tile_choice import Choice, fastest
 from fa_reference.validation import check_attention_inputs
 from fa_reference.versions import load_file
 
@@ -38,6 +39,7 @@ class Config:
     stages: int = 2
     pingpong: bool = True
     polynomial: int = 0  # of eight exponentials this many on the FMA units
+    blocks_per_sm: int = 1
 
     @property
     def block_q(self) -> int:
@@ -63,15 +65,19 @@ class Config:
 
 
 # (head_dim, causal) -> tile. Registers: (1 x producer + consumers x consumer) x 128 must not exceed what the block has.
-# Without turns: they cost up to 6 % here, unlike in 16 bits.
+# Without turns: they cost up to 6 % here, unlike in 16 bits. At head_dim 128 without a mask two blocks share an SM: as
+# many consumers as in one block with two, but their tiles need not begin and end together.
 CONFIGS = {
     (64, False): Config(64, 3, 128, 32, 160, pingpong=False, polynomial=1),
     (64, True): Config(64, 3, 128, 32, 160, pingpong=False, polynomial=1),
-    (128, False): Config(128, 2, 128, 24, 240, pingpong=False),
+    (128, False): Config(128, 1, 128, 24, 232, pingpong=False, blocks_per_sm=2),
     (128, True): Config(128, 2, 128, 24, 240, pingpong=False),
     (256, False): Config(256, 2, 64, 24, 240, query_stages=1, pingpong=False),
     (256, True): Config(256, 2, 64, 24, 240, query_stages=1, pingpong=False),
 }
+# Short sequences, as in fa3_forward.py.
+SHORT = {64: Config(64, 1, 64, 24, 136, pingpong=False, blocks_per_sm=3)}
+SPEEDS = {64: ((1.0, 81_000), (0.867, 16_000))}  # fitted on an H100 (LOG_FP8.md, section 6)
 # Where V is turned in the kernel: the turning warps need registers, and longer blocks hide more of their latency.
 TURNING_CONFIGS = {
     (64, False): Config(64, 3, 128, 32, 160, polynomial=1),
@@ -87,10 +93,21 @@ HEAD_DIMS = tuple(sorted({head_dim for head_dim, _ in CONFIGS}))
 
 
 def default_config(head_dim: int, *, causal: bool, v_transposed: bool, two_level: bool) -> Config:
-    """The tile sizes that are used unless others are asked for."""
+    """The tile sizes for long sequences, unless others are asked for."""
     if two_level:
         return TWO_LEVEL_CONFIGS[head_dim]
     return (CONFIGS if v_transposed else TURNING_CONFIGS)[head_dim, causal]
+
+
+def choose_config(
+    head_dim: int, len_q: int, len_k: int, *, causal: bool, v_transposed: bool, two_level: bool
+) -> Config:
+    """The tile sizes that should take the least time for these lengths."""
+    main = default_config(head_dim, causal=causal, v_transposed=v_transposed, two_level=two_level)
+    if head_dim not in SHORT or two_level or not v_transposed:
+        return main
+    both = [Choice(c, *speed) for c, speed in zip((main, SHORT[head_dim]), SPEEDS[head_dim], strict=True)]
+    return fastest(both, len_q, len_k, causal)
 
 
 class Problem(ctypes.Structure):
@@ -120,6 +137,7 @@ def compile_config(
         "FA_BLOCK_K": config.block_k,
         "FA_STAGES": config.stages,
         "FA_QUERY_STAGES": config.query_stages,
+        "FA_BLOCKS_PER_SM": config.blocks_per_sm,
         "FA_CAUSAL": int(causal),
         "FA_TURNS_VALUES": int(not v_transposed),
         "FA_PINGPONG": int(config.pingpong),
@@ -180,9 +198,10 @@ def _launcher(
         "v": tile_geometry(v, name="v", **columns),
         "o": tile_geometry(o, name="o", box_rows=64, box_columns=min(q.shape[3], 128)),
     }
-    problem = Problem(*schedule(q, k, block_q=config.block_q, causal=causal), *scales, scale)
+    order = schedule(q, k, block_q=config.block_q, causal=causal, blocks_per_sm=config.blocks_per_sm)
+    problem = Problem(*order, *scales, scale)
     kernel = _load(config, causal, v_transposed, two_level, debug, source)
-    return PersistentLauncher(kernel, geometry, problem, q.device, outputs=1)
+    return PersistentLauncher(kernel, geometry, problem, q.device, outputs=1, blocks_per_sm=config.blocks_per_sm)
 
 
 _plans: dict[tuple, PersistentLauncher] = {}
@@ -229,9 +248,9 @@ def forward_fp8(
         _check_scales(q, k, q_scale, k_scale, v_scale)
         if k.shape[2] == 0:
             return torch.zeros_like(q, dtype=torch.bfloat16), torch.full(q.shape[:3], -math.inf, device=q.device)
-        options = {"causal": causal, "scale": number, "v_transposed": v_transposed, "two_level": two_level}
-        config = config or default_config(q.shape[3], causal=causal, v_transposed=v_transposed, two_level=two_level)
-        options |= {"config": config, "debug": debug, "source": source}
+        kind = {"causal": causal, "v_transposed": v_transposed, "two_level": two_level}
+        config = config or choose_config(q.shape[3], q.shape[2], k.shape[2], **kind)
+        options = {**kind, "scale": number, "config": config, "debug": debug, "source": source}
         with torch.cuda.device(q.device):
             counts = tuple(math.prod(x.shape[2:]) for x in (q_scale, k_scale, v_scale))
             plan = _launcher(q, k, v, counts, **options)

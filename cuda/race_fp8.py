@@ -286,7 +286,8 @@ def builds(options: argparse.Namespace) -> list[tuple]:
             (False, True), (False,) if options.only == "race" else (False, True)
         ):
             config = fp8.default_config(head_dim, causal=causal, v_transposed=transposed, two_level=False)
-            jobs.append((config, causal, transposed, False, debug))
+            configs = [config, *([fp8.SHORT[head_dim]] if transposed and head_dim in fp8.SHORT else [])]
+            jobs += [(c, causal, transposed, False, debug) for c in configs]
         if options.variants:
             jobs += [
                 (c, causal, turned, False, False) for c, turned in _variants(head_dim, causal, POLYNOMIAL_AT).values()

@@ -5,6 +5,7 @@ suspect than to the truth, the suspect's name goes into the failure message.
 """
 
 from collections.abc import Callable, Iterator
+from itertools import product
 from math import ceil, e, log2
 
 import torch
@@ -17,6 +18,7 @@ BLOCKS = (16, 32, 48, 64, 96, 128)
 CLOSER = 8.0
 # Masks of blocks are many to try: not on large problems, where a smaller one has passed.
 LARGEST_BY_BLOCKS = 512 * 512
+LONGEST_ONE_BY_ONE = 128  # keys; a block of one key is a step in Python
 ZEROS = "O is all zeros"
 NOTHING_SEEN = f"{ZEROS} and lse is -inf: no key was visited (are only whole blocks of keys visited, and is this less?)"
 
@@ -107,13 +109,15 @@ class Problem:
         rescale_l: bool = True,
         inverted: bool = False,
         divided: bool = False,
+        descending: bool = False,
     ) -> Tensor:
         """o of a blockwise online softmax with the rescaling of O, of l, or its sign broken; `divided`: O is divided by
-        l in every block, and rescaled as if it were not.
+        l in every block, and rescaled as if it were not. `descending`: from the last block to the first.
         """
         m = torch.full((*self.q.shape[:3], 1), -torch.inf, dtype=torch.float64)
         l, o = torch.zeros_like(m), torch.zeros_like(self.q)
-        for start in range(0, self.len_k, block):
+        starts = range(0, self.len_k, block)
+        for start in reversed(starts) if descending else starts:
             s = self.scores[..., start : start + block]
             m_new = torch.maximum(m, s.amax(-1, keepdim=True))
             safe = m_new.nan_to_num(neginf=0.0)
@@ -188,23 +192,25 @@ def suspects(p: Problem) -> Iterator[Suspect]:
         if last > 0:
             yield f"the last block of {block} keys is skipped", lambda n=last: p.attention(keys=slice(n))
             yield f"the first block of {block} keys is skipped", lambda n=block: p.attention(keys=slice(n, None))
-            for words, broken in (
-                ("O is not rescaled when the running maximum grows", {"rescale_o": False}),
-                ("l is not rescaled when the running maximum grows", {"rescale_l": False}),
-                (
-                    "neither O nor l is rescaled when the running maximum grows",
-                    {"rescale_o": False, "rescale_l": False},
-                ),
-                (
-                    "the rescale factor has the wrong sign: exp(m_old - m_new), not exp(m_new - m_old)",
-                    {"inverted": True},
-                ),
-                ("O was divided by l before: multiply it by l_i before the new block is added", {"divided": True}),
-            ):
-                yield f"{words} (blocks of {block} keys)", lambda n=block, b=broken: (p.online(n, **b), None)
+    yield from _rescaled_wrongly(p)
     if p.len_k > 0:
         yield "O is not divided by the row sum l", lambda: (p.undivided(), None)
     yield "the last key is missing", lambda: p.attention(keys=slice(p.len_k - 1))
+
+
+def _rescaled_wrongly(p: Problem) -> Iterator[Suspect]:
+    one_by_one = (1,) if p.len_k <= LONGEST_ONE_BY_ONE else ()
+    for block, descending in product((*one_by_one, *(b for b in BLOCKS if b < p.len_k)), (False, True)):
+        order = f"blocks of {block} key{'s' * (block > 1)}{', the last one first' * descending}"
+        for words, broken in (
+            ("O is not rescaled when the running maximum grows", {"rescale_o": False}),
+            ("l is not rescaled when the running maximum grows", {"rescale_l": False}),
+            ("neither O nor l is rescaled when the running maximum grows", {"rescale_o": False, "rescale_l": False}),
+            ("the rescale factor has the wrong sign: exp(m_old - m_new), not exp(m_new - m_old)", {"inverted": True}),
+            ("O was divided by l before: multiply it by l_i before the new block is added", {"divided": True}),
+        ):
+            how = {"descending": descending, **broken}
+            yield f"{words} ({order})", lambda n=block, how=how: (p.online(n, **how), None)
 
 
 def _masks_by_blocks(p: Problem) -> Iterator[Suspect]:

@@ -25,6 +25,7 @@ from torch.overrides import TorchFunctionMode
 
 from fa_reference import versions
 from fa_reference.grading import wire
+from fa_reference.grading.gpu_faults import in_plain_words
 from fa_reference.kernels.errors import KernelCompileError
 
 GIB = 2**30
@@ -146,6 +147,8 @@ def describe(error: BaseException, folder: Path) -> dict[str, str]:
     if isinstance(error, MemoryError) or "can't allocate memory" in str(error):
         return {"kind": "memory", "message": "your code asked for more memory than a check may use (4 GiB)"}
     text = str(error)
+    if fault := in_plain_words(text):
+        return {"kind": "exception", "message": fault}
     if "static_assert" in text or type(error).__name__ in ("CompileTimeAssertionFailure", "InterpreterError"):
         cause = error.__cause__ or error.__context__
         text = str(cause) if cause else text

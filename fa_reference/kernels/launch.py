@@ -11,6 +11,7 @@ from fa_reference.kernels.errors import KernelDeadlock, KernelUnavailable
 
 # In the record of a deadlock, added to the number of a named barrier (cuda/hopper/deadlock.cuh).
 NAMED_BARRIER, TWO_COUNTS = 256, 512
+WARPS = 16  # of a block at most, in that record
 
 
 def _driver():
@@ -120,21 +121,38 @@ class LoadedKernel:
         happened, block, thread, barrier, parity, iteration = self.read_global("fa_deadlock_record", 6)
         if not happened:
             return
-        who = f"block {block}, warpgroup {thread // 128}, warp {thread % 128 // 32}, lane {thread % 32}"
+        who = f"block {block}, {_place(thread)}, lane {thread % 32}"
         if barrier >= TWO_COUNTS:
             raise KernelDeadlock(
                 f"{self.name}: {who} came to named barrier {barrier - TWO_COUNTS} with a count of {iteration} threads, "
                 f"others with {parity}. All who sync or arrive at a barrier must give the same count, or it never opens"
             )
-        if barrier >= NAMED_BARRIER:
-            number = barrier - NAMED_BARRIER
-            what = f"at named barrier {number} for its opening number {iteration + 1}, and too few threads came"
-        else:
-            name = barrier_names[barrier] if barrier < len(barrier_names) else f"number {barrier}"
-            what = (
-                f"for barrier {name} to complete its phase of parity {parity} (iteration {iteration}) and nobody "
-                "completed it"
-            )
+        what = _wait(barrier, parity, iteration, barrier_names)
+        missing = "too few threads came" if barrier >= NAMED_BARRIER else "nobody completed it"
+        others = self._others_in_deadlock(thread // 128, barrier, barrier_names)
         raise KernelDeadlock(
-            f"{self.name} did not finish: {who} waited {what}. Who should arrive there, how often, and did it?"
+            f"{self.name} did not finish: {who} waited {what} and {missing}. Who should arrive there, how often, and "
+            f"did it?{others}"
         )
+
+    def _others_in_deadlock(self, warpgroup: int, barrier: int, barrier_names: Sequence[str]) -> str:
+        """Where the block's other warpgroups stood then, as a sentence; "" if nobody else waited."""
+        words = self.read_global("fa_deadlock_others", 6 * WARPS)
+        waits = {}  # the same wait of several warps of a warpgroup once
+        for happened, _, thread, name, parity, iteration in zip(*[iter(words)] * 6):
+            if happened and name < TWO_COUNTS and (thread // 128, name) != (warpgroup, barrier):
+                waits.setdefault((thread // 128, name, parity, iteration), _place(thread))
+        said = [f"{place} waited {_wait(*wait, barrier_names)}" for (_, *wait), place in waits.items()]
+        return f"\nAt that time {'; '.join(said)}." if said else ""
+
+
+def _place(thread: int) -> str:
+    return f"warpgroup {thread // 128}, warp {thread % 128 // 32}"
+
+
+def _wait(barrier: int, parity: int, iteration: int, barrier_names: Sequence[str]) -> str:
+    """What a record of a wait says, to follow "waited"."""
+    if barrier >= NAMED_BARRIER:
+        return f"at named barrier {barrier - NAMED_BARRIER} for its opening number {iteration + 1},"
+    name = barrier_names[barrier] if barrier < len(barrier_names) else f"number {barrier}"
+    return f"for barrier {name} to complete its phase of parity {parity} (iteration {iteration})"

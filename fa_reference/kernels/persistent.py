@@ -12,6 +12,7 @@ from fa_reference.kernels.launch import Arguments, LoadedKernel
 from fa_reference.kernels.tma import Descriptor, TileGeometry, check_address, encode
 
 L2_BYTES_FOR_KEYS = 32 * 2**20  # K and V of the heads in flight should fit into this much of the 50 MB L2
+KEY_HEADS = 16  # heads of K and V in flight at most, for each thread block of an SM
 
 SCHEDULE_FIELDS = [
     (name, ctypes.c_int)
@@ -28,16 +29,18 @@ SCHEDULE_FIELDS = [
 """The struct `Schedule` of cuda/attention_tiles.cuh, for the start of a kernel's `Problem`."""
 
 
-def schedule(q: Tensor, k: Tensor, *, block_q: int, causal: bool) -> tuple[int, ...]:
+def schedule(q: Tensor, k: Tensor, *, block_q: int, causal: bool, blocks_per_sm: int = 1) -> tuple[int, ...]:
     """The values of SCHEDULE_FIELDS for q (B, Hq, Nq, d) and k (B, Hkv, Nk, d) with tiles of block_q rows."""
     batch, heads_q, len_q, head_dim = q.shape
     heads_kv, len_k = k.shape[1:3]
     heads = batch * heads_q
-    # Causal: tiles of several heads run side by side, longest first, as many as keep their K and V in L2.
-    # Otherwise all tiles are equally long and the heads come one after the other.
+    # Causal: tiles of several heads run side by side, longest first, as many as keep their K and V in L2; but not more
+    # than keep the SMs busy, since the first tiles of a section are those that wait for HBM, and should run beside
+    # others that do not. Without a mask all tiles are equally long and the heads come one after the other.
     heads_in_l2 = max(1, L2_BYTES_FOR_KEYS // (2 * len_k * head_dim * q.element_size()))
     per_key_head = heads_q // heads_kv
-    section = min(heads, 2 ** int(math.log2(heads_in_l2)) * per_key_head) if causal else 1
+    key_heads = min(2 ** int(math.log2(heads_in_l2)), KEY_HEADS * blocks_per_sm)
+    section = min(heads, key_heads * per_key_head) if causal else 1
     return len_q, len_k, math.ceil(len_q / block_q), heads, heads_q, per_key_head, section
 
 

@@ -13,6 +13,8 @@ import pytest
 import torch
 
 from fa_reference.kernels import KernelUnavailable, count_instructions, instructions_between, require_hopper
+from fa_reference.kernels.persistent import schedule
+from fa_reference.kernels.tile_choice import computed_scores
 
 FILE = Path(__file__).parents[2] / "cuda" / "fa3_forward.py"
 
@@ -26,7 +28,7 @@ def load():
 
 fa3 = load()
 VARIANTS = [(config, causal, torch.bfloat16) for (_, causal), config in fa3.CONFIGS.items()]
-VARIANTS += [(other, causal, torch.bfloat16) for (_, causal), ((other, _),) in fa3.ALTERNATIVES.items()]
+VARIANTS += [(config, causal, torch.bfloat16) for config in fa3.SHORT.values() for causal in (False, True)]
 VARIANTS += [(fa3.CONFIGS[128, True], True, torch.float16)]
 
 
@@ -124,14 +126,23 @@ def test_head_dims():
 
 
 def test_short_sequences_get_tiles_that_fit_them():
-    main, small = fa3.CONFIGS[64, True], fa3.ALTERNATIVES[64, True][0][0]
-    assert fa3.choose_config(64, 512, 512, True) == small
-    assert fa3.choose_config(64, 8192, 8192, True) == main
+    main, short = fa3.CONFIGS[64, True], fa3.SHORT[64]
+    for length, expected in ((512, short), (2048, short), (16384, main)):
+        assert fa3.choose_config(64, length, length, True) == expected
+    assert fa3.choose_config(64, 1, 8192, False) == short  # 64 rows for one query, not 192
     assert fa3.choose_config(128, 100, 100, False) == fa3.CONFIGS[128, False]
-    # 128 x 128 tiles, causal, 256 x 256: the lower triangle of blocks.
-    assert fa3.computed_scores(small, 256, 256, True) == 3 * 128 * 128
-    assert fa3.computed_scores(small, 200, 100, True) == 2 * 128 * 128  # rows 0 .. 99 see nothing, row 127 sees 28
-    assert fa3.computed_scores(small, 256, 100, True) == 1 * 128 * 128  # the first tile sees nothing
+    tile = fa3.CONFIGS[128, True]  # 128 x 128, causal, 256 x 256: the lower triangle of blocks
+    assert computed_scores(tile, 256, 256, True) == 3 * 128 * 128
+    assert computed_scores(tile, 200, 100, True) == 2 * 128 * 128  # rows 0 .. 99 see nothing, row 127 sees 28
+    assert computed_scores(tile, 256, 100, True) == 1 * 128 * 128  # the first tile sees nothing
+
+
+@pytest.mark.parametrize(("length", "blocks_per_sm", "heads"), [(512, 1, 16), (512, 3, 48), (16384, 3, 4)])
+def test_causal_tiles_of_few_heads_are_in_flight(length, blocks_per_sm, heads):
+    q, k = torch.empty(2, 128, length, 128, device="meta"), torch.empty(2, 64, length, 128, device="meta")
+    q, k = q.bfloat16(), k.bfloat16()
+    assert schedule(q, k, block_q=128, causal=True, blocks_per_sm=blocks_per_sm)[-1] == 2 * heads  # of the queries
+    assert schedule(q, k, block_q=128, causal=False, blocks_per_sm=blocks_per_sm)[-1] == 1
 
 
 def test_another_gpu_is_told_so(monkeypatch):

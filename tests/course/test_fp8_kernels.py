@@ -24,6 +24,7 @@ quantiser = load_file(CUDA / "quantise_fp8.py")
 
 # (config, causal, V comes transposed, two levels)
 VARIANTS = [(config, causal, True, False) for (_, causal), config in fp8.CONFIGS.items()]
+VARIANTS += [(config, causal, True, False) for config in fp8.SHORT.values() for causal in (False, True)]
 VARIANTS += [(config, causal, False, False) for (_, causal), config in fp8.TURNING_CONFIGS.items()]
 VARIANTS += [(config, True, True, True) for config in fp8.TWO_LEVEL_CONFIGS.values()]
 
@@ -251,6 +252,15 @@ def test_default_config():
         assert fp8.default_config(head_dim, v_transposed=True, **options) == fp8.CONFIGS[head_dim, causal]
         assert fp8.default_config(head_dim, v_transposed=False, **options) == fp8.TURNING_CONFIGS[head_dim, causal]
     assert fp8.default_config(128, causal=True, v_transposed=True, two_level=True) == fp8.TWO_LEVEL_CONFIGS[128]
+
+
+def test_short_sequences_get_small_tiles_where_v_comes_transposed():
+    kind = {"causal": True, "v_transposed": True, "two_level": False}
+    assert fp8.choose_config(64, 1024, 1024, **kind) == fp8.SHORT[64]
+    assert fp8.choose_config(64, 16384, 16384, **kind) == fp8.CONFIGS[64, True]
+    assert fp8.choose_config(64, 1024, 1024, **kind | {"v_transposed": False}) == fp8.TURNING_CONFIGS[64, True]
+    assert fp8.choose_config(64, 1024, 1024, **kind | {"two_level": True}) == fp8.TWO_LEVEL_CONFIGS[64]
+    assert fp8.choose_config(128, 1024, 1024, **kind) == fp8.CONFIGS[128, True]
     assert [fp8.padded_keys(n) for n in (1, 128, 129)] == [128, 128, 256]
 
 

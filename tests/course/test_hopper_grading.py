@@ -91,11 +91,27 @@ def test_what_is_missing_is_named(lines, check, words):
 def test_a_deadlock_says_who_waits_for_what(record, words):
     kernel = LoadedKernel.__new__(LoadedKernel)
     kernel.name = "attention"
-    kernel.read_global = lambda name, count: list(record)
+    kernel.read_global = lambda name, count: list(record) if name == "fa_deadlock_record" else [0] * count
     with pytest.raises(KernelDeadlock, match=words):
         kernel.check_deadlock(("q_full", "k_full"))
-    kernel.read_global = lambda name, count: [0] * 6
+    kernel.read_global = lambda name, count: [0] * count
     kernel.check_deadlock(("q_full", "k_full"))
+
+
+def test_a_deadlock_says_where_the_others_stood():
+    kernel = LoadedKernel.__new__(LoadedKernel)
+    kernel.name = "attention"
+    first = [2, 3, 128, 1, 0, 0]
+    others = [*first, 2, 3, 0, 2, 1, 4, 2, 3, 256, 257, 0, 6, *([0] * 6 * 13)]
+    kernel.read_global = lambda name, count: first if name == "fa_deadlock_record" else others
+    with pytest.raises(KernelDeadlock) as caught:
+        kernel.check_deadlock(("q_full", "k_full", "k_empty"))
+    second = str(caught.value).splitlines()[1]
+    assert second.startswith(
+        "At that time warpgroup 0, warp 0 waited for barrier k_empty to complete its phase of parity 1"
+    )
+    assert "warpgroup 2, warp 0 waited at named barrier 1 for its opening number 7" in second
+    assert "k_full" not in second
 
 
 @pytest.mark.parametrize(("only", "kept"), [("Swizzle", 1), ("layouts.py", 2), ("tma_", 1), (None, 3), ("none", 0)])
