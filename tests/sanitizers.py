@@ -99,8 +99,11 @@ def launch(which: str) -> None:
         steps = [chapter5.forward_scalar, chapter5.forward_tiles, chapter5.forward_tensor_cores, chapter5.forward]
         hosts = [load_file(ROOT / "solutions" / folder / f"{name}.py") for folder, name in HOPPER.values()]
         for q, k, v, causal in problems():
-            for forward in (*steps, *(host.forward for host in hosts), fa3_forward.forward):
+            for forward in (*steps, *(host.forward for host in hosts)):
                 forward(q, k, v, causal=causal)
+            tiles = (fa3_forward.CONFIGS[q.shape[3], causal], fa3_forward.SHORT.get(q.shape[3]))
+            for config in filter(None, tiles):
+                fa3_forward.forward(q, k, v, causal=causal, config=config)
         chapter10 = load_file(ROOT / "solutions" / "10_fp8" / "fp8.py")
         for head_dim in fa3_forward.HEAD_DIMS:
             q, k, v = torch.randn(3, 1, 2, 200, head_dim, device="cuda", dtype=torch.bfloat16)
@@ -108,7 +111,11 @@ def launch(which: str) -> None:
             signs = random_signs(head_dim).to(q.device)
             for v_transposed in (False, True):
                 codes = quantise_fp8.quantise(q, k, v, signs=signs, v_transposed=v_transposed)
-                fa3_forward_fp8.forward_fp8(**vars(codes), causal=True)
+                for causal in (False, True):
+                    fa3_forward_fp8.forward_fp8(**vars(codes), causal=causal)
+                if v_transposed:
+                    main = fa3_forward_fp8.CONFIGS[head_dim, True]
+                    fa3_forward_fp8.forward_fp8(**vars(codes), causal=True, config=main)
             if head_dim == 128:
                 chapter10.forward_fp8(**chapter10.quantised(q, k, v), causal=True)
     torch.cuda.synchronize()

@@ -1,6 +1,7 @@
 """Random problems for every version that runs without a GPU, held to the error rule; hypothesis shrinks what fails.
 
-Short here; FUZZ=1000 tries that many problems for each version. On a GPU: `python -m fa_reference.fuzz`.
+Short here, and the same problems every time; FUZZ=1000 tries that many new ones for each version. On a GPU:
+`python -m fa_reference.fuzz`.
 """
 
 import os
@@ -14,6 +15,7 @@ from fa_reference.fuzz import draw_case, run_case
 from fa_reference.triton_cpu import INTERPRETED
 from fa_reference.versions import VERSIONS, load_version
 
+LONG = "FUZZ" in os.environ
 EXAMPLES = int(os.environ.get("FUZZ", "20"))
 # In Python a step of the tiled versions takes a millisecond, a block in Triton's interpreter a tenth of a second.
 LONGEST = {
@@ -39,7 +41,13 @@ def test_random_problems(name: str):
     version, forward = VERSIONS[name], load_version(name).forward
     examples = EXAMPLES if name in ("naive", "online_softmax") else max(1, EXAMPLES // 4)
 
-    @settings(max_examples=examples, deadline=None, suppress_health_check=list(HealthCheck), database=None)
+    @settings(
+        max_examples=examples,
+        deadline=None,
+        suppress_health_check=list(HealthCheck),
+        database=None,
+        derandomize=not LONG,
+    )
     @given(st.data())
     def holds(data: st.DataObject):
         def pick(values):
