@@ -1,20 +1,27 @@
 // The softmax of the chapters' kernels by itself and beside what other warpgroups do. Three warpgroups, each with a job:
 //   0 nothing   1 Q K^T batches   2 P V batches   3 softmax steps (softmax, rescale, round, as in pingpong.cu)
 //   4 the end of such a step alone (rescale, round)   5 Q K^T and P V issued together, waited for one after the other
+//   6 turning V round, a block at a time (only with FA_FP8, which takes everything from chapter 10's fp8.cu)
 // Warpgroup 0 can have any job but 4; warpgroups 1 and 2 have 0, 3 or 4, and 2 starts `delay` clocks after 1. (At d 128
-// there are registers for two: 2 has 0.) Warpgroup 0 does `batches`, enough to last until the others have done `rounds`.
+// there are registers for two: 2 has 0. But beside_producer, whose warpgroup 0 has only jobs 0 and 6.) Warpgroup 0 does `batches`, enough to last until the others have done `rounds`.
 // `data`: 128 words that the compiler cannot know.
 // out[2 w], out[2 w + 1]: clocks of warpgroup w, and how many batches or steps they are for. Of the batches only the
 // first `rounds` / 2 count: the others are still at work then.
 // out[6 .. 9], for job 5: from the start until Q K^T is issued, P V is issued, Q K^T is done, P V is done, all added up.
+#ifdef FA_FP8
+#include "fp8.cu"
+constexpr int kRegistersP = kBlockK / 8;
+#else
 #include "pingpong.cu"
+constexpr int kRegistersP = kBlockK / 4;
+#endif
 #include "micro/common.cuh"
 
 __device__ __forceinline__ void softmax_steps(u32* out, const u32* data, bool whole, int rounds, float c) {
     Rows rows;
     rows.factor[0] = rows.factor[1] = c;
     float s[kBlockK / 2], o[kHeadDim / 2];
-    u32 p[kBlockK / 4];
+    u32 p[kRegistersP];
 #pragma unroll
     for (int i = 0; i < kHeadDim / 2; ++i) o[i] = __uint_as_float(data[i + 1]);
 #pragma unroll
@@ -27,7 +34,7 @@ __device__ __forceinline__ void softmax_steps(u32* out, const u32* data, bool wh
         round_p(p, s);
         keep(p);  // a use of every result, as P V would be
         keep(rows.l);
-        asm volatile("barrier.sync.aligned %0, 128;" ::"r"(3 + threadIdx.x / 128) : "memory");
+        asm volatile("barrier.sync.aligned %0, 128;" ::"r"(5 + threadIdx.x / 128) : "memory");
     }
     const u64 stop = clock_now();
     keep(o);
@@ -44,12 +51,12 @@ __device__ __forceinline__ void multiply(u32* out, const u32* data, const Shared
     const u64 k_descriptor = wgmma_descriptor(shared_address(shared.k), 16);
     const u64 v_descriptor = wgmma_descriptor(shared_address(shared.v), kBlockK * 128);
     float s[kBlockK / 2], o[kHeadDim / 2];
-    u32 p[kBlockK / 4];
+    u32 p[kRegistersP];
     if constexpr (kPv) {
 #pragma unroll
         for (int i = 0; i < kHeadDim / 2; ++i) o[i] = 0.0f;
 #pragma unroll
-        for (int i = 0; i < kBlockK / 4; ++i) p[i] = data[i];
+        for (int i = 0; i < kRegistersP; ++i) p[i] = data[i];
     }
     u32 sums[4] = {};
     u64 start = clock_now(), stop = 0;
@@ -79,18 +86,18 @@ __device__ __forceinline__ void multiply(u32* out, const u32* data, const Shared
     if constexpr (kPv) keep(o);
 }
 
+__device__ __forceinline__ void fill(Shared& shared) {
+    for (u32 i = threadIdx.x; i < sizeof(shared) / 4; i += 384)
+        reinterpret_cast<u32*>(&shared)[i] = 0x3c003b80u + i % 61;
+    fence_proxy_async();
+    __syncthreads();
+}
+
 extern "C" __global__ void __launch_bounds__(384, 1)
     beside(u32* out, const u32* data, int job0, int job1, int job2, int batches, int rounds, int delay, float c) {
     extern __shared__ __align__(1024) unsigned char shared_bytes[];
     Shared& shared = *reinterpret_cast<Shared*>(shared_bytes);
-    auto fill = [](u16* tile, u32 bytes) {
-        for (u32 i = threadIdx.x; i < bytes / 4; i += 384) reinterpret_cast<u32*>(tile)[i] = 0x3c003b80u + i % 61;
-    };
-    fill(shared.q, sizeof(shared.q));
-    fill(shared.k[0], sizeof(shared.k));
-    fill(shared.v[0], sizeof(shared.v));
-    fence_proxy_async();
-    __syncthreads();
+    fill(shared);
     const int warpgroup = warp_uniform(threadIdx.x / 128);
     constexpr bool kLarge = kHeadDim > 64;
     if (kLarge && warpgroup == 2) {
@@ -110,3 +117,35 @@ extern "C" __global__ void __launch_bounds__(384, 1)
         if (job >= 3) softmax_steps(out + 2 * warpgroup, data, job == 3, rounds, c);
     }
 }
+
+#ifdef FA_FP8
+extern "C" __global__ void __launch_bounds__(384, 1)
+    beside_producer(u32* out, const u32* data, int job0, int job1, int job2, int batches, int rounds, int delay,
+                    float c) {
+    extern __shared__ __align__(1024) unsigned char shared_bytes[];
+    Shared& shared = *reinterpret_cast<Shared*>(shared_bytes);
+    fill(shared);
+    const int warpgroup = warp_uniform(threadIdx.x / 128);
+    if (warpgroup == 0) {
+        registers_release_to<kProducerRegisters>();
+        const u64 start = clock_now();
+#pragma unroll 1
+        for (int batch = 0; job0 == 6 && batch < batches; ++batch) {
+            transpose_v(shared_address(shared.v_rows[batch % 2]), shared_address(shared.v[batch % 2]), threadIdx.x);
+            fence_proxy_async();
+            named_barrier_sync(kProducerBarrier, 128);
+            if (batch + 1 == rounds / 2 && threadIdx.x == 0) {
+                out[0] = clock_now() - start;
+                out[1] = rounds / 2;
+            }
+        }
+    } else {
+        registers_claim_up_to<kConsumerRegisters>();
+        const int job = warpgroup == 1 ? job1 : job2;
+        const u64 start = clock_now();
+        while (warpgroup == 2 && clock_now() - start < delay) {
+        }
+        if (job >= 3) softmax_steps(out + 2 * warpgroup, data, job == 3, rounds, c);
+    }
+}
+#endif

@@ -19,10 +19,12 @@ extern "C" __global__ void __launch_bounds__(32, 1)
         for (int slot = 0; slot < kSlots; ++slot) mbarrier_init(&full[slot], 1);
         mbarrier_init_fence();
         tma_prefetch_descriptor(&map);
+        int row = blockIdx.x * apart % length;
         auto load = [&](int i) {
-            const int row = (blockIdx.x * apart + i * rows) % length, slot = i % kSlots;
+            const int slot = i % kSlots;
             mbarrier_arrive_expect_tx(&full[slot], bytes);
             tma_load_5d(shared_bytes + slot * bytes, &map, &full[slot], 0, row, 0, 0, 0);
+            row = row + rows < length ? row + rows : row + rows - length;
         };
         u32 issuing = 0;
         const u64 start = clock_now();

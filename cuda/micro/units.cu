@@ -1,6 +1,7 @@
 // How fast the arithmetic units are: instructions of one kind, in independent chains (rate) or in one (latency), alone
 // and beside wgmmas of another warpgroup.
 // Every kernel writes, for each warp, the clocks of kRounds x kChains instructions.
+#include "hopper/fp8.cuh"
 #include "hopper/sync.cuh"
 #include "hopper/wgmma.cuh"
 #include "micro/common.cuh"
@@ -105,8 +106,10 @@ __device__ __forceinline__ void measure(u32* out) {
     if (thread % 32 == 0) out[thread / 32] = stop - start;
 }
 
-// Keeps the tensor cores busy with batches of eight wgmmas m64n128k16, Q K^T's kind (SS) or P V's (RS).
-__device__ __forceinline__ void multiply(bool from_registers, int batches) {
+// Keeps the tensor cores busy with batches of eight wgmmas m64n128k16, Q K^T's kind (SS: 0) or P V's (RS: 1), or m64n128k32
+// on e4m3 (SS: 2, RS: 3).
+template <int kKind>
+__device__ __forceinline__ void multiply(int batches) {
     extern __shared__ __align__(1024) unsigned char shared_bytes[];
     const u64 a = wgmma_descriptor(shared_address(shared_bytes), 16);
     const u64 b = wgmma_descriptor(shared_address(shared_bytes) + 16384, 16);
@@ -119,12 +122,12 @@ __device__ __forceinline__ void multiply(bool from_registers, int batches) {
 #pragma unroll 1
     for (int batch = 0; batch < batches; ++batch) {
         wgmma_fence();
-        if (from_registers) {
 #pragma unroll
-            for (int step = 0; step < 8; ++step) Wgmma<128, true>::rs(d, p[0], p[1], p[2], p[3], b, 1);
-        } else {
-#pragma unroll
-            for (int step = 0; step < 8; ++step) Wgmma<128, true>::ss(d, a, b, 1);
+        for (int step = 0; step < 8; ++step) {
+            if constexpr (kKind == 0) Wgmma<128, true>::ss(d, a, b, 1);
+            if constexpr (kKind == 1) Wgmma<128, true>::rs(d, p[0], p[1], p[2], p[3], b, 1);
+            if constexpr (kKind == 2) WgmmaE4m3<128>::ss(d, a, b, 1);
+            if constexpr (kKind == 3) WgmmaE4m3<128>::rs(d, p[0], p[1], p[2], p[3], b, 1);
         }
         wgmma_commit();
         wgmma_wait<0>();
@@ -134,15 +137,17 @@ __device__ __forceinline__ void multiply(bool from_registers, int batches) {
 
 // Warpgroup 0 multiplies, the other kThreads threads measure.
 template <class Operation, int kChains, int kThreads = 128>
-__device__ __forceinline__ void beside(u32* out, int from_registers, int batches) {
+__device__ __forceinline__ void beside(u32* out, int kind, int batches) {
     extern __shared__ __align__(1024) unsigned char shared_bytes[];
     for (u32 i = threadIdx.x; i < 65536 / 4; i += 128 + kThreads)
         reinterpret_cast<u32*>(shared_bytes)[i] = 0x3c003b80u + i % 61;
     fence_proxy_async();
     __syncthreads();
     if (warp_uniform(threadIdx.x / 128) == 0) {
-        if (from_registers) multiply(true, batches);
-        else multiply(false, batches);
+        if (kind == 0) multiply<0>(batches);
+        else if (kind == 1) multiply<1>(batches);
+        else if (kind == 2) multiply<2>(batches);
+        else multiply<3>(batches);
     } else {
         measure<Operation, kChains, kThreads>(out);
     }
@@ -151,15 +156,15 @@ __device__ __forceinline__ void beside(u32* out, int from_registers, int batches
 #define UNIT(name, operation) \
     extern "C" __global__ void __launch_bounds__(512) rate_##name(u32* out) { measure<operation, 16>(out); } \
     extern "C" __global__ void __launch_bounds__(512) latency_##name(u32* out) { measure<operation, 1>(out); } \
-    extern "C" __global__ void __launch_bounds__(256, 1) beside_##name(u32* out, int from_registers, int batches) { \
-        beside<operation, 16>(out, from_registers, batches); \
+    extern "C" __global__ void __launch_bounds__(256, 1) beside_##name(u32* out, int kind, int batches) { \
+        beside<operation, 16>(out, kind, batches); \
     } \
-    extern "C" __global__ void __launch_bounds__(384, 1) beside2_##name(u32* out, int from_registers, int batches) { \
-        beside<operation, 16, 256>(out, from_registers, batches); \
+    extern "C" __global__ void __launch_bounds__(384, 1) beside2_##name(u32* out, int kind, int batches) { \
+        beside<operation, 16, 256>(out, kind, batches); \
     } \
     extern "C" __global__ void __launch_bounds__(256, 1) \
-        latency_beside_##name(u32* out, int from_registers, int batches) { \
-        beside<operation, 1>(out, from_registers, batches); \
+        latency_beside_##name(u32* out, int kind, int batches) { \
+        beside<operation, 1>(out, kind, batches); \
     }
 
 UNIT(fma, Fma)

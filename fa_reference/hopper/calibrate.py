@@ -64,9 +64,16 @@ BESIDE = {
     "end beside QK": ((1, 4, 0), 0),
     "QK and PV together": ((5, 0, 0), 0),
 }
+BESIDE_FP8 = {
+    "beside turning V round": ((6, 3, 0), 0),
+    "beside softmax, 600 clocks later": ((0, 3, 3), 600),
+    "beside softmax and turning V round": ((6, 3, 3), 600),
+    "turning V round alone": ((6, 0, 0), 0),
+}
 PAIR = ("QK issued", "PV issued", "QK done", "PV done")
 LAUNCHES = 60
-BUSY_BATCHES = 200  # of 512 clocks: longer than any loop of units.cu beside them
+BUSY_BATCHES = 400  # of 512 clocks: longer than any loop of units.cu beside them
+BUSY_KINDS = {"SS": 0, "RS": 1, "fp8_SS": 2, "fp8_RS": 3}  # of units.cu
 DELAYS = (0, 100, 256, 400, 600)
 TMA_SLOTS = 4  # of tma.cu
 KERNELS = [(chapter, head_dim) for chapter in (6, 7, 8, 9) for head_dim in (64, 128)] + [(10, 128)]
@@ -74,13 +81,14 @@ BLOCK_LENGTHS = (32, 64)  # in blocks of keys
 L2_ROWS, HBM_ROWS = 1 << 16, 1 << 23  # of 256 bytes: 16.8 MB, 2.1 GB
 
 
-def build(name: str, head_dim: int = 128) -> CompiledKernel:
-    """One of cuda/micro's files; needs no GPU. beside.cu includes chapter 8's kernel for its softmax."""
+def build(name: str, head_dim: int = 128, *, fp8: bool = False) -> CompiledKernel:
+    """One of cuda/micro's files; needs no GPU. beside.cu takes its softmax from the kernel of chapter 8, fp8: of 10."""
     defines = {"FA_HEAD_DIM": head_dim, "FA_BLOCK_K": 128, "FA_STAGES": 2, "FA_CAUSAL": 0, "FA_BF16": 1}
+    defines |= {"FA_FP8": 1} if fp8 else {}
     return compile_kernel(
         MICRO / f"{name}.cu",
         defines=defines if name == "beside" else {},
-        include_dirs=[ROOT / "cuda", ROOT / "solutions" / "08_pingpong"],
+        include_dirs=[ROOT / "cuda", *(ROOT / "solutions" / folder for folder in ("08_pingpong", "10_fp8"))],
     )
 
 
@@ -120,8 +128,8 @@ def units() -> dict:
             rate[str(warps)] = round(statistics.median(clocks) / (ROUNDS * CHAINS * warps), 3)
         latency = _run(compiled, f"latency_{name}", 32, results=16)[0] / ROUNDS
         found[name] = {"clocks_by_warps": rate, "latency": round(latency, 2)}
-        for kind, from_registers in (("SS", 0), ("RS", 1)):
-            numbers = (ctypes.c_int(from_registers), ctypes.c_int(BUSY_BATCHES))
+        for kind, number in BUSY_KINDS.items():
+            numbers = (ctypes.c_int(number), ctypes.c_int(BUSY_BATCHES))
             clocks = _run(compiled, f"beside_{name}", 256, *numbers, results=16, shared_bytes=65536)[:4]
             found[name][f"clocks_beside_{kind}"] = round(statistics.median(clocks) / (ROUNDS * CHAINS), 3)
             clocks = _run(compiled, f"latency_beside_{name}", 256, *numbers, results=16, shared_bytes=65536)[:4]
@@ -223,20 +231,21 @@ def tma() -> dict:
 
 def softmax() -> dict:
     """Clocks of one softmax step of a warpgroup (softmax, rescale, round), and of its end (rescale, round) without the
-    rest, alone and beside other warpgroups' work; and of that work, as one batch or step of it.
+    rest, alone and beside other warpgroups' work; and of that work, as one batch or step of it. fp8: as chapter 10's.
 
     QK and PV together are issued one behind the other: clocks until each is issued, and until each is done.
     """
     found: dict = {}
     data = torch.randn(256, device="cuda")
-    for head_dim in (64, 128):
-        compiled, each = build("beside", head_dim), found.setdefault(f"d{head_dim}", {})
-        for name, (jobs, delay) in BESIDE.items():
-            if head_dim == 128 and jobs[2]:
+    for key, head_dim, fp8 in (("d64", 64, False), ("d128", 128, False), ("fp8_d128", 128, True)):
+        compiled, each = build("beside", head_dim, fp8=fp8), found.setdefault(key, {})
+        for name, (jobs, delay) in (BESIDE | BESIDE_FP8 if fp8 else BESIDE).items():
+            producer = name in BESIDE_FP8
+            if head_dim == 128 and jobs[2] and not producer:
                 continue  # registers for two warpgroups
             out = _run(
                 compiled,
-                "beside",
+                "beside_producer" if producer else "beside",
                 384,
                 ctypes.c_void_p(data.data_ptr()),
                 *(ctypes.c_int(number) for number in (*jobs, 12 * SOFTMAX_ROUNDS, SOFTMAX_ROUNDS, delay)),
