@@ -1,5 +1,5 @@
 // How fast the arithmetic units are: instructions of one kind, in independent chains (rate) or in one (latency), alone
-// and beside wgmmas of another warpgroup.
+// and beside wgmmas, exponentials or maxima of another warpgroup.
 // Every kernel writes, for each warp, the clocks of kRounds x kChains instructions.
 #include "hopper/fp8.cuh"
 #include "hopper/sync.cuh"
@@ -135,7 +135,21 @@ __device__ __forceinline__ void multiply(int batches) {
     keep(d);
 }
 
-// Warpgroup 0 multiplies, the other kThreads threads measure.
+// Keeps a unit busy for as long as so many batches of 64 exponentials need.
+template <class Operation>
+__device__ __forceinline__ void calculate(int batches) {
+    float x[16], y[16];
+#pragma unroll
+    for (int i = 0; i < 16; ++i) x[i] = 1.0f + threadIdx.x * 1e-3f + i, y[i] = 0.5f + threadIdx.x * 1e-3f * (i + 1);
+#pragma unroll 1
+    for (int batch = 0; batch < batches; ++batch)
+#pragma unroll
+        for (int i = 0; i < 64; ++i) Operation::run(x[i % 16], y[(i + i / 16) % 16]);
+    keep(x);
+    keep(y);
+}
+
+// Warpgroup 0 multiplies or calculates, the other kThreads threads measure.
 template <class Operation, int kChains, int kThreads = 128>
 __device__ __forceinline__ void beside(u32* out, int kind, int batches) {
     extern __shared__ __align__(1024) unsigned char shared_bytes[];
@@ -147,7 +161,9 @@ __device__ __forceinline__ void beside(u32* out, int kind, int batches) {
         if (kind == 0) multiply<0>(batches);
         else if (kind == 1) multiply<1>(batches);
         else if (kind == 2) multiply<2>(batches);
-        else multiply<3>(batches);
+        else if (kind == 3) multiply<3>(batches);
+        else if (kind == 4) calculate<ExpSum>(batches);
+        else calculate<Max>(4 * batches);
     } else {
         measure<Operation, kChains, kThreads>(out);
     }
