@@ -9,8 +9,9 @@ from the order:
 - a group multiplies Q K^T if the mbarrier waited for last was K's, P V if it was V's.
 - what lies between the end of a wait and a commit is the issue of a group; between the end of a wait for wgmma and the
   next wait it is arithmetic: softmax after Q K^T (with rescaling O and rounding P, where the kernel does them there),
-  "rescale" after P V, and the epilogue at the end. Between a commit and the next wait there is nothing to do: if that
-  takes long, the warps were "held", unable to go on until the tensor cores had taken what they issued.
+  "rescale" after P V (in chapter 6, which has no producer, "sync, load"), and the epilogue at the end. Between a
+  commit and the next wait there is nothing to do: if that takes long, the warps were "held", unable to go on until
+  the tensor cores had taken what they issued.
 """
 
 from collections.abc import Iterable, Sequence
@@ -125,11 +126,12 @@ class _Warpgroup:
 
     def _arithmetic(self, event: Event) -> None:
         """What lies between a wait for wgmma and this event."""
-        name = "epilogue" if event.kind == Kind.END else {"QK": "softmax", "PV": "rescale", "": ""}[self.finished]
+        after_pv = "rescale" if self.track.startswith("consumer") else "sync, load"
+        name = "epilogue" if event.kind == Kind.END else {"QK": "softmax", "PV": after_pv, "": ""}[self.finished]
         clocks = event.start - self.last
         self.finished = ""
         tiles = self.committed["QK"] > 0  # a producer has no epilogue
-        if clocks > 0 and name and tiles and not (name == "rescale" and clocks < SHORT):
+        if clocks > 0 and name and tiles and not (name == after_pv and clocks < SHORT):
             number = self.committed["QK"] - 1
             self.spans.append(Span(self.track, "math", name, self.last, event.start, number, self.track))
 
