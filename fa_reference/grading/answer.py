@@ -125,15 +125,17 @@ class Answer:
         forbid: Sequence[str] = ATTENTION,
         allow_changes: bool = False,
         driver: str | None = None,
+        seconds: float = 0.0,
         **kwargs: Any,
     ) -> Any:
         """Call `function` of the learner's `file` and return its result, tensors on the CPU.
 
         With `driver`, a module of the course, call that module's `function` with the learner's module first.
+        `seconds`: the least time that it may take, where a check's usual limit is too short (a compiler).
         CheckFailed in the learner's words for an exception, a time-out, a dead process, a call of a forbidden torch
         function, a changed input, or a result that shares memory with an input.
         """
-        answer = self._ask(file, function, args, kwargs, device, forbid, None, driver)
+        answer = self._ask(file, function, args, kwargs, device, forbid, None, driver, seconds)
         if not allow_changes:
             self._refuse_side_effects(function, args, answer)
         return answer["value"]
@@ -198,6 +200,7 @@ class Answer:
         forbid: Sequence[str],
         counted: Any,
         driver: str | None = None,
+        seconds: float = 0.0,
     ) -> dict[str, Any]:
         if not (self.folder / file).is_file():
             raise CannotRun(f"there is no file {file} in {self.folder}")
@@ -213,7 +216,8 @@ class Answer:
             "counted": counted,
             "driver": driver,
         }
-        limit = self._limit or TIME_LIMIT[device] * (AFTER_A_TIMEOUT if self.workshop.timed_out else 1)
+        usual = TIME_LIMIT[device] * (AFTER_A_TIMEOUT if self.workshop.timed_out else 1)
+        limit = self._limit or max(usual, seconds)
         watch = _Stopwatch(pid)
         try:
             connection.send_bytes(file.encode())

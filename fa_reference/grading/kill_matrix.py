@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 from fa_reference.course import CHAPTERS, ROOT
-from fa_reference.grading.kill_page import write_page
+from fa_reference.grading.kill_page import SOMETIMES, write_page
 from fa_reference.grading.mutants import ANYWHERE, BadMutant, Patched, read_answers
 from fa_reference.grading.report import NOT_GRADED
 from fa_reference.grading.trials import Trial, problem, run_apart
@@ -61,10 +61,16 @@ def key(answer: Patched) -> str:
 
 
 def entry(answer: Patched, runs: Sequence[Sequence[Trial]], every_check: bool) -> dict[str, Any]:
-    """What is recorded of one answer: the state of every check that ran, and whether it was the same in every run."""
+    """What is recorded of one answer: the state of every check that ran, and whether it was judged alike in every run.
+
+    Inputs are new in every run, so a check that is not about a bug may meet it in some runs only: SOMETIMES.
+    """
     first = runs[0]
     today = datetime.now(UTC).date().isoformat()
-    states = {f"{t.checked_in}: {t.check}": t.state for t in first}
+    states: dict[str, str] = {}
+    for t in (t for run in runs for t in run):
+        name = f"{t.checked_in}: {t.check}"
+        states[name] = t.state if states.get(name, t.state) == t.state else SOMETIMES
     own = next((t for t in first if (t.checked_in, t.check) == (answer.checked_in, answer.check)), None)
     return {
         "chapter": answer.where_it_lives.number,
@@ -80,14 +86,20 @@ def entry(answer: Patched, runs: Sequence[Sequence[Trial]], every_check: bool) -
         "torch": torch.__version__,
         "every_check": every_check or not answer.is_mutant,
         "repetitions": len(runs),
-        "same_in_every_run": all({f"{t.checked_in}: {t.check}": t.state for t in r} == states for r in runs[1:]),
+        "same_in_every_run": judged_alike(answer.is_mutant, f"{answer.checked_in}: {answer.check}", states),
     }
+
+
+def judged_alike(is_mutant: bool, check: str, states: dict[str, str]) -> bool:
+    """True if the verdict was the same in every run: of a mutant its own check's, of a variant every check's."""
+    return SOMETIMES not in ([states.get(check)] if is_mutant else states.values())
 
 
 def merge(measured: dict[str, Any]) -> Path:
     """Add a measurement (as main writes it) to its device's record.
 
-    Runs of an answer that has not changed are put together; answers that no longer exist are left out.
+    Runs of an answer that has not changed are put together; answers that no longer exist are left out, and mutants that
+    are judged by another check now.
     """
     path = record_path(measured["device"])
     known = {key(a): a for c in CHAPTERS for a in read_answers(c.number)}
@@ -97,7 +109,9 @@ def merge(measured: dict[str, Any]) -> Path:
         *measured["answers"],
     ]:
         name = f"{e['chapter']} {e['answer']}"
-        if name in known and e["digest"] == digest(known[name]):
+        answer = known.get(name)
+        own = f"{answer.checked_in}: {answer.check}" if answer and answer.is_mutant else ""
+        if answer and e["digest"] == digest(answer) and e["check"] == own:
             kept[name] = together(kept[name], e) if name in kept else e
     ordered = [kept[name] for name in known if name in kept]
     for e in ordered:  # the words that a mutant asks for may have been made clearer since
@@ -109,13 +123,14 @@ def merge(measured: dict[str, Any]) -> Path:
 
 def together(old: dict[str, Any], new: dict[str, Any]) -> dict[str, Any]:
     """Two entries of the same answer as one: the newer message, all checks that ran, the runs added up."""
-    same = all(new["states"].get(check, state) == state for check, state in old["states"].items())
+    states = {**old["states"], **new["states"]}
+    states |= {c: SOMETIMES for c, state in old["states"].items() if state != states[c]}
     return {
         **new,
-        "states": {**old["states"], **new["states"]},
+        "states": states,
         "every_check": old["every_check"] or new["every_check"],
         "repetitions": old["repetitions"] + new["repetitions"],
-        "same_in_every_run": old["same_in_every_run"] and new["same_in_every_run"] and same,
+        "same_in_every_run": judged_alike(bool(new["bug"]), new["check"], states),
     }
 
 
