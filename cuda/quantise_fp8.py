@@ -2,6 +2,7 @@
 
 import ctypes
 import math
+import threading
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -14,9 +15,12 @@ from fa_reference.fp8.scales import check_finite
 from fa_reference.kernels import (
     Arguments,
     CompiledKernel,
+    Descriptor,
     LoadedKernel,
+    TileGeometry,
     check_address,
     compile_kernel,
+    encode,
     require_hopper,
     tile_geometry,
 )
@@ -25,9 +29,10 @@ from fa_reference.validation import check_attention_inputs
 SOURCE = Path(__file__).with_suffix(".cu")
 DTYPES = (torch.float16, torch.bfloat16)
 HEAD_DIMS = (64, 128, 256)
-BLOCK = 128  # rows of Q or K that share a scale; keys of V that one block of threads takes
+BLOCK = 128  # rows of a tile, of Q and K those that share a scale
 MAX_PLANS = 1024  # different shapes remembered at a time
-FIRST, SECOND = "quantise_fp8", "quantise_fp8_values"  # the kernels
+STAGES = 3  # slots of the ring of tiles
+LAG = 0.75  # first visits of V beyond a head's, for each block of threads; 0.4 and 2 were slower
 
 
 @dataclass(frozen=True)
@@ -54,33 +59,60 @@ class QuantisedInputs:
 
 
 class Operand(ctypes.Structure):
-    """The kernels' `Operand`, field by field."""
+    """The kernel's `Operand`, field by field."""
+
+    _fields_ = [("scale", ctypes.c_void_p), *((name, ctypes.c_int) for name in ("heads", "blocks", "tiles"))]
+
+
+class Problem(ctypes.Structure):
+    """The kernel's `Problem`, field by field."""
 
     _fields_ = [
-        *((name, ctypes.c_void_p) for name in ("x", "codes", "scale", "amax")),
-        *((name, ctypes.c_int) for name in ("heads", "len", "blocks")),
-        *((f"x_stride_{axis}", ctypes.c_longlong) for axis in ("batch", "head", "row")),
-        *((f"codes_stride_{axis}", ctypes.c_longlong) for axis in ("batch", "head", "row")),
+        ("operands", Operand * 3),
+        *((name, ctypes.c_void_p) for name in ("signs", "state")),
+        ("lag", ctypes.c_int),
     ]
 
 
 def compile_variant(
     head_dim: int, dtype: torch.dtype, *, rotate: bool = True, v_transposed: bool = True
 ) -> CompiledKernel:
-    """Machine code of both kernels for sm_90a; needs no GPU."""
+    """Machine code for sm_90a; needs no GPU."""
     defines = {
         "FA_HEAD_DIM": head_dim,
         "FA_BF16": int(dtype == torch.bfloat16),
         "FA_ROTATE": int(rotate),
         "FA_TRANSPOSE_VALUES": int(v_transposed),
+        "FA_STAGES": STAGES,
+        "FA_BLOCKS_PER_SM": blocks_per_sm(head_dim),
     }
     return compile_kernel(SOURCE, defines=defines, include_dirs=[SOURCE.parent])
 
 
+def shared_bytes(head_dim: int) -> int:
+    """Dynamic shared memory of a block of threads: the ring of tiles, and 1 KiB for what is small."""
+    return STAGES * BLOCK * head_dim * 2 + 1024
+
+
+def blocks_per_sm(head_dim: int) -> int:
+    """Blocks of threads that fit into an SM: 512 threads with 128 registers each."""
+    return 256 // head_dim
+
+
+def visit_lag(v_tiles: int, v_blocks: int, blocks_at_once: int) -> int:
+    """How many more tiles of V are visited once before a tile is visited again.
+
+    v_tiles: of all heads; v_blocks: of a head; blocks_at_once: blocks of threads that run at the same time. Not less
+    than a head has, as its scale must be known then, and so many more that these are done and not only begun; not more
+    than that, so that V is still in the L2 cache.
+    """
+    return min(v_tiles, v_blocks + math.ceil(LAG * blocks_at_once))
+
+
 @cache
-def _load(head_dim: int, dtype: torch.dtype, rotate: bool, v_transposed: bool) -> tuple[LoadedKernel, LoadedKernel]:
+def _load(head_dim: int, dtype: torch.dtype, rotate: bool, v_transposed: bool) -> LoadedKernel:
     compiled = compile_variant(head_dim, dtype, rotate=rotate, v_transposed=v_transposed)
-    return tuple(LoadedKernel(compiled, name, threads=2 * head_dim) for name in (FIRST, SECOND))
+    return LoadedKernel(compiled, "quantise_fp8", threads=2 * head_dim, shared_bytes=shared_bytes(head_dim))
 
 
 class _Plan:
@@ -89,52 +121,79 @@ class _Plan:
     def __init__(self, q: Tensor, k: Tensor, v: Tensor, *, rotate: bool, v_transposed: bool) -> None:
         require_hopper(q.device)
         head_dim = q.shape[3]
-        for name, x in (("q", q), ("k", k), ("v", v)):
-            tile_geometry(x, name=name, box_rows=BLOCK)  # 16-byte loads need what TMA needs
-        self.device = q.device.index
-        self.kernels = _load(head_dim, q.dtype, rotate, v_transposed)
-        self.blocks = [x.shape[0] * x.shape[1] * math.ceil(x.shape[2] / BLOCK) for x in (q, k, v)]
-        v_codes = (*v.shape[:2], head_dim, math.ceil(v.shape[2] / BLOCK) * BLOCK) if v_transposed else None
-        self.code_shapes = (None, None, v_codes)
-        self.operands = [self._operand(x, shape) for x, shape in zip((q, k, v), self.code_shapes, strict=True)]
-        self.signs = ctypes.c_void_p()
-        counts = [ctypes.c_int(n) for n in self.blocks[:2]]
-        self.first = Arguments(*self.operands, self.signs, *counts)
-        self.second = Arguments(self.operands[2])
-        self.v_transposed = v_transposed
-
-    @staticmethod
-    def _codes(x: Tensor, shape: tuple[int, ...] | None) -> Tensor:
-        if shape is None:
-            return torch.empty_like(x, dtype=torch.float8_e4m3fn)
-        return torch.empty(shape, dtype=torch.float8_e4m3fn, device=x.device)
-
-    def _operand(self, x: Tensor, code_shape: tuple[int, ...] | None) -> Operand:
-        codes = self._codes(x, code_shape)
-        tile_geometry(codes, name="codes", box_rows=1, swizzle_bytes=min(128, codes.shape[3]))
-        blocks = math.ceil(x.shape[2] / BLOCK)
-        return Operand(None, None, None, None, x.shape[1], x.shape[2], blocks, *x.stride()[:3], *codes.stride()[:3])
+        self.device, self.v_transposed = q.device.index, v_transposed
+        self.kernel = _load(head_dim, q.dtype, rotate, v_transposed)
+        self.geometry, self.problem = describe(q, k, v, v_transposed=v_transposed)
+        processors = torch.cuda.get_device_properties(q.device).multi_processor_count
+        at_once = blocks_per_sm(head_dim) * processors
+        values = self.problem.operands[2]
+        self.problem.lag = visit_lag(values.tiles, values.blocks, at_once)
+        jobs = sum(operand.tiles for operand in self.problem.operands) + values.tiles
+        self.grid = (min(at_once, jobs),)
+        self.maps = (Descriptor * 6)()
+        self.arguments = Arguments(self.maps, self.problem)
+        self.addresses: tuple[int, ...] = ()  # as encoded in the maps
+        self.states: dict[int, Tensor] = {}  # stream -> the state that its launches share
+        self.lock = threading.Lock()
 
     def run(self, q: Tensor, k: Tensor, v: Tensor, signs: Tensor | None) -> QuantisedInputs:
-        """Allocate the outputs and queue both kernels on the current stream; the plan's device must be current."""
+        """Allocate the outputs and queue the kernel on the current stream; the plan's device must be current."""
         inputs = (q, k, v)
-        codes = [self._codes(x, shape) for x, shape in zip(inputs, self.code_shapes, strict=True)]
-        counts = (*self.blocks, v.shape[0] * v.shape[1])  # scales of Q and K, amax and scales of V
-        room = torch.empty(sum(counts), dtype=torch.float32, device=q.device)
-        q_scale, k_scale, amax, v_scale = room.split(counts)
-        scales = (
-            q_scale.view(*q.shape[:2], -1),
-            k_scale.view(*k.shape[:2], -1),
-            v_scale.view(*v.shape[:2]),
-        )
-        for name, operand, x, code, scale in zip("qkv", self.operands, inputs, codes, scales, strict=True):
-            check_address(x.data_ptr(), name)
-            operand.x, operand.codes, operand.scale = x.data_ptr(), code.data_ptr(), scale.data_ptr()
-        self.operands[2].amax = amax.data_ptr()
-        self.signs.value = 0 if signs is None else signs.data_ptr()
-        self.kernels[0].launch(self.device, (sum(self.blocks),), self.first)
-        self.kernels[1].launch(self.device, (self.blocks[2],), self.second)
+        codes = empty_codes(q, k, v, v_transposed=self.v_transposed)
+        counts = (*(operand.tiles for operand in self.problem.operands[:2]), v.shape[0] * v.shape[1])
+        q_scale, k_scale, v_scale = torch.empty(sum(counts), dtype=torch.float32, device=q.device).split(counts)
+        scales = (q_scale.view(*q.shape[:2], -1), k_scale.view(*k.shape[:2], -1), v_scale.view(*v.shape[:2]))
+        with self.lock:  # the arguments are shared by all calls, and copied by the driver when it queues the kernel
+            addresses = tuple(x.data_ptr() for x in (*inputs, *codes))
+            if addresses != self.addresses:
+                for name, address in zip("qkv", addresses, strict=False):
+                    check_address(address, name)
+                self.maps[:] = [
+                    encode(geometry, address) for geometry, address in zip(self.geometry, addresses, strict=True)
+                ]
+                self.addresses = addresses
+            for operand, scale in zip(self.problem.operands, scales, strict=True):
+                operand.scale = scale.data_ptr()
+            self.problem.signs = 0 if signs is None else signs.data_ptr()
+            state = self._state()
+            self.problem.state = state.data_ptr()
+            self.kernel.launch(self.device, self.grid, self.arguments)
         return QuantisedInputs(*codes, *scales, self.v_transposed)
+
+    def _state(self) -> Tensor:
+        """What the kernel's blocks of threads tell each other: zeros before a launch and after it."""
+        words = 2 + self.problem.operands[2].tiles
+        if torch.cuda.is_current_stream_capturing():
+            return torch.zeros(words, dtype=torch.int32, device=self.device)  # belongs to the graph
+        stream = torch._C._cuda_getCurrentRawStream(self.device)
+        if stream not in self.states:
+            self.states[stream] = torch.zeros(words, dtype=torch.int32, device=self.device)
+        return self.states[stream]
+
+
+def empty_codes(q: Tensor, k: Tensor, v: Tensor, *, v_transposed: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """Tensors for the codes of q, k and v."""
+    q_codes, k_codes = (torch.empty_like(x, dtype=torch.float8_e4m3fn) for x in (q, k))
+    if not v_transposed:
+        return q_codes, k_codes, torch.empty_like(v, dtype=torch.float8_e4m3fn)
+    shape = (*v.shape[:2], v.shape[3], math.ceil(v.shape[2] / BLOCK) * BLOCK)
+    return q_codes, k_codes, torch.empty(shape, dtype=torch.float8_e4m3fn, device=v.device)
+
+
+def describe(q: Tensor, k: Tensor, v: Tensor, *, v_transposed: bool) -> tuple[list[TileGeometry], Problem]:
+    """How TMA sees q, k, v and their codes, and the kernel's `Problem` without addresses and order. Needs no GPU."""
+    head_dim = q.shape[3]
+    geometry = [tile_geometry(x, name=name, box_rows=BLOCK) for name, x in (("q", q), ("k", k), ("v", v))]
+    codes = empty_codes(q, k, v, v_transposed=v_transposed)
+    for x in codes[: 2 if v_transposed else 3]:
+        geometry.append(tile_geometry(x, name="codes", box_rows=BLOCK, swizzle_bytes=min(128, head_dim)))
+    if v_transposed:
+        geometry.append(tile_geometry(codes[2], name="codes", box_rows=head_dim, box_columns=BLOCK))
+    problem = Problem()
+    for operand, x in zip(problem.operands, (q, k, v), strict=True):
+        operand.heads, operand.blocks = x.shape[1], math.ceil(x.shape[2] / BLOCK)
+        operand.tiles = x.shape[0] * operand.heads * operand.blocks
+    return geometry, problem
 
 
 _plans: dict[tuple, _Plan] = {}

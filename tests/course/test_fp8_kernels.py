@@ -105,22 +105,56 @@ def test_the_source_is_short_enough_to_read():
 
 
 @pytest.mark.parametrize("head_dim", quantiser.HEAD_DIMS)
-def test_the_quantiser_compiles_cleanly(head_dim):
+def test_the_quantiser_compiles_cleanly_and_fits(head_dim):
     for transposed in (True, False):
         compiled = quantiser.compile_variant(head_dim, torch.bfloat16, v_transposed=transposed)
         assert compiled.report.notes == compiled.report.warnings == ()
-        for used in compiled.report.kernels.values():
-            assert used.spill_store_bytes + used.spill_load_bytes == 0
-        lines = sass_instructions(compiled.cubin)
-        loads = [line for line in lines if line.lstrip("@!UP0123456789 ").startswith("LDG")]
-        assert sum(".128" in line for line in loads) >= 24  # 8 a thread for a tile of Q or K, twice for V
+        used = compiled.report.kernels["quantise_fp8"]
+        assert used.spill_store_bytes + used.spill_load_bytes == 0
+        blocks = quantiser.blocks_per_sm(head_dim)
+        assert used.registers * 2 * head_dim * blocks <= 65536
+        assert (quantiser.shared_bytes(head_dim) + 1024) * blocks <= 228 * 1024  # the hardware takes 1 KiB of each
+        counts = count_instructions(compiled.cubin)
+        assert counts["UTMALDG"] > 0
+        assert counts["UTMASTG"] > 0
         # 64 elements a thread, once for each span that other threads hold.
-        assert count_instructions(compiled.cubin)["SHFL"] == 64 * {64: 3, 128: 2, 256: 3}[head_dim]
+        assert butterflies(compiled.cubin) == 64 * {64: 0, 128: 1, 256: 2}[head_dim]
+
+
+def butterflies(cubin: bytes) -> int:
+    return sum("SHFL.BFLY" in line for line in sass_instructions(cubin))
 
 
 def test_rotation_is_compiled_out():
-    compiled = quantiser.compile_variant(128, torch.float16, rotate=False)
-    assert count_instructions(compiled.cubin)["SHFL"] == 0
+    assert butterflies(quantiser.compile_variant(128, torch.float16, rotate=False).cubin) == 0
+
+
+def job_of(number: int, *, q: int, k: int, v: int, lag: int) -> tuple[str, int]:
+    """(kind, tile) as the kernel's text says."""
+    body = (CUDA / "quantise_fp8.cu").read_text().partition(" Job job_of(")[2].partition("\n}")[0]
+    names = {"number": number, "q": q, "k": k, "v": v, "lag": lag, "in_turn": number - lag}
+    for condition, kind, tile in re.findall(r"(?:if \((.+)\) )?(?:job =|return) \{(\w+)(?:, (.+))?\};", body):
+        if not condition or eval(condition, {}, names):
+            return kind, eval(tile.replace("/", "//"), {}, names) if tile else -1
+    raise AssertionError("no branch was taken")
+
+
+@pytest.mark.parametrize(
+    ("q", "v_heads", "v_blocks", "at_once"),
+    [(1, 1, 1, 528), (7, 3, 5, 4), (64, 4, 16, 8), (0, 2, 9, 2), (40, 1, 10, 4)],
+)
+def test_every_job_comes_once_and_after_those_that_it_waits_for(q, v_heads, v_blocks, at_once):
+    tiles = v_heads * v_blocks
+    lag = quantiser.visit_lag(tiles, v_blocks, at_once)
+    jobs = [job_of(number, q=q, k=tiles, v=tiles, lag=lag) for number in range(q + 3 * tiles + 2)]
+    assert jobs[-2:] == [("kEnd", -1)] * 2
+    assert sorted(jobs[:-2]) == sorted(
+        [(kind, tile) for kind in ("kK", "kV", "kLargestOfV") for tile in range(tiles)] + [("kQ", i) for i in range(q)]
+    )
+    place = {job: number for number, job in enumerate(jobs)}
+    for tile in range(tiles):
+        head = range(tile // v_blocks * v_blocks, (tile // v_blocks + 1) * v_blocks)
+        assert all(place["kLargestOfV", other] < place["kV", tile] for other in head)
 
 
 # ---- the polynomial ------------------------------------------------------------------------------------------------
@@ -300,6 +334,23 @@ def test_the_quantiser_equals_the_reference_bit_for_bit(race):
 
 
 @gpu
+@pytest.mark.parametrize(("heads", "length"), [(1, 70_000), (600, 130)])
+def test_the_quantiser_with_long_and_many_heads_on_two_streams(race, heads, length):
+    tensors = [torch.randn(1, heads, length, 64, device="cuda").half() for _ in range(2)]
+    made = []
+    torch.cuda.synchronize()
+    for x in tensors:
+        with torch.cuda.stream(torch.cuda.Stream()):
+            made.append([race.quantise_fp8.quantise(x, x, x, signs=None, v_transposed=False) for _ in range(3)])
+    torch.cuda.synchronize()
+    for x, runs in zip(tensors, made, strict=True):
+        wanted = race.quantize(x.cpu(), "head")
+        for run in runs:
+            assert torch.equal(run.v_scale.cpu(), wanted.scale[:, :, 0])
+            assert torch.equal(run.v.cpu().view(torch.uint8), wanted.data.view(torch.uint8))
+
+
+@gpu
 @pytest.mark.parametrize("debug", [True, False])
 def test_random_cases_keep_the_emulations_error(race, debug):
     found = race.check_random(20, 20 if debug else 0)
@@ -329,6 +380,8 @@ def test_zeros_give_zeros_and_bad_numbers_a_message_or_nan(race):
     k[0, 1, 200, 3] = torch.nan
     with pytest.raises(ValueError, match=r"k holds nan at position \(0, 1, 200, 3\)"):
         race.quantise_fp8.quantise(q, k, k, signs=None, check=True)
+    made = race.quantise_fp8.quantise(q, q, k, signs=None)
+    assert made.v_scale.isnan().tolist() == [[False, True]]
     o, _ = race.fp8.forward_fp8(**race.quantise_fp8.quantise(q, k, q, signs=None).arguments())
     assert o[0, 1].isnan().all()
     assert o[0, 0].isfinite().all()
