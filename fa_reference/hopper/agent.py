@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fa_reference.hopper.arithmetic import work_off
-from fa_reference.hopper.memory import Access, Buffer, Fact, still_needed
+from fa_reference.hopper.memory import FP8, Access, Buffer, Fact, still_needed
 from fa_reference.hopper.registers import Fragment, Work
 from fa_reference.hopper.report import Issued
 from fa_reference.hopper.rules import (
@@ -174,12 +174,16 @@ class Agent:
         """Arithmetic on a tile, for which the next instruction will wait."""
         self.work.append(Work(unit, 128 * tile.registers, name, self.iteration, reduces, in_place))
 
-    def spend_when_free(self, unit: str, tile: Fragment, name: str) -> None:
-        """Arithmetic that overwrites an A fragment: as `spend`, but once no wgmma in flight reads one."""
-        self.spend(unit, tile, name)
+    def spend_on_rounding(self, tile: Fragment, dtype: str) -> None:
+        """Rounding to an A fragment: as `spend`, but once no wgmma in flight reads one. Four bytes of e4m3 that belong
+        together come from two conversions, and are put together by a third instruction (prmt)."""
+        count = 128 * tile.registers
+        slower = self.sm.timing.convert_e4m3 if dtype == FP8 else 1
+        work = [Work("convert", count, "convert", self.iteration, slower=slower)]
+        if dtype == FP8:
+            work.append(Work("ALU", count, "prmt", self.iteration, slower=1 / 4))
         reading = [f.in_flight for f in self.fragments if f.in_flight and f.dtype != "float32"]
-        if reading:
-            reading[0].afterwards.append(self.work.pop())
+        (reading[0].afterwards if reading else self.work).extend(work)
 
     async def finish_work(self) -> None:
         """Spend the time of the arithmetic since the last instruction (arithmetic.py)."""

@@ -9,8 +9,8 @@ Five mechanisms, each measured by itself (cuda/micro, timing.py), not on the att
 - An exponential whose result is added up right away does not come every 8 clocks: each addition waits for its
   exponential (`exp_sum`).
 - wgmma takes register-file bandwidth, so arithmetic beside it is slower: exponentials a third, maxima to half.
-
-- Two warpgroups that calculate at once lose a fifth more than their waiting for units explains.
+- Warpgroups that calculate at once lose more than their waiting for units explains; the more of them there are, the
+  less each loses, as the units are then full. Why was not found; the loss is measured on softmax steps (together.py).
 
 A tile is worked off in slices, so that warpgroups share units fairly and feel the tensor cores start and stop.
 """
@@ -68,11 +68,12 @@ async def _tile(wg: "Agent", run: Sequence[Work]) -> None:
     for part in range(SLICES):
         begin = end = wg.sm.now
         beside = units["wgmma"].free_at > begin
-        shared = timing.arithmetic_shared if any(other.calculating for other in wg.others()) else 1.0
+        others = sum(other.calculating for other in wg.others())
+        shared = 1 + (timing.lost_beside if beside else timing.lost_together) / others if others else 1.0
         for item in run:
             slower = shared * (factors.get(item.unit, timing.alu_beside) if beside else 1.0)
             _, finish = units[item.unit].reserve(
-                item.amount / SLICES, wg, item.name, item.iteration, slower=slower, go_on=part > 0
+                item.amount / SLICES * item.slower, wg, item.name, item.iteration, slower=slower, go_on=part > 0
             )
             end = max(end, finish)
         if adds_up:

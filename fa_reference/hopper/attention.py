@@ -7,7 +7,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fa_reference.hopper.memory import GlobalTensor
+from fa_reference.hopper.memory import FP8, GlobalTensor
 from fa_reference.hopper.registers import ROWS, Fragment, exp2, fma, log2, maximum, reciprocal
 from fa_reference.hopper.report import Report
 from fa_reference.hopper.sm import SM
@@ -18,7 +18,6 @@ from fa_reference.validation import check_attention_inputs
 LN2 = float(np.log(2.0))
 LOG2_E = 1 / LN2
 DTYPES = (torch.float16, torch.bfloat16, torch.float8_e4m3fn)
-FP8 = "float8_e4m3fn"
 FP8_OFFSET = 8  # P is computed as 2^8 exp(s - m), as e4m3 holds [2^-9, 448]; O and l contain the factor, so it cancels
 
 

@@ -229,7 +229,7 @@ def tma() -> dict:
     return found
 
 
-def softmax() -> dict:
+def together() -> dict:
     """Clocks of one softmax step of a warpgroup (softmax, rescale, round), and of its end (rescale, round) without the
     rest, alone and beside other warpgroups' work; and of that work, as one batch or step of it. fp8: as chapter 10's.
 
@@ -347,7 +347,7 @@ MEASURES = {
     "units": units,
     "wgmma": wgmma,
     "barriers": barriers,
-    "softmax": softmax,
+    "together": together,
     "tma": tma,
     "variants": variants,
 }

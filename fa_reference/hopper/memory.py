@@ -14,7 +14,8 @@ import torch
 from fa_reference.hopper.rules import SharedMemoryOverBudget
 
 SHARED_MEMORY_BYTES = 227 * 1024
-DTYPE_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2, "float8_e4m3fn": 1}
+FP8 = "float8_e4m3fn"
+DTYPE_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2, FP8: 1}
 ALIGNMENT = 1024  # of a tile, so that the 128-byte swizzle pattern starts with it
 
 
@@ -23,7 +24,7 @@ def round_to(values: np.ndarray, dtype: str) -> np.ndarray:
     if dtype == "float32":
         return values.astype(np.float32)
     tensor = torch.from_numpy(np.ascontiguousarray(values, dtype=np.float32))
-    if dtype == "float8_e4m3fn":
+    if dtype == FP8:
         tensor = tensor.clamp(-448, 448)
     return tensor.to(getattr(torch, dtype)).float().numpy()
 

@@ -30,6 +30,7 @@ class Work(NamedTuple):
     iteration: int | None  # of the loop, when it was written down
     reduces: bool = False  # its result exists only when all of it is done, and after a reduction over the quad
     in_place: bool = False  # it changes a tile that the work before it does not use
+    slower: float = 1.0  # clocks of one of its instructions, in those of the unit's usual ones
 
 
 class Fragment:
@@ -105,7 +106,7 @@ class Fragment:
         The time for it is spent when no wgmma reads an A fragment of this warpgroup any more: kernels have one array
         for P. (The numbers are there at once, in registers of their own.)
         """
-        self.wg.spend_when_free("convert", self, "convert")
+        self.wg.spend_on_rounding(self, dtype)
         return Fragment(self.wg, round_to(self.values, dtype), dtype)
 
 

@@ -34,6 +34,7 @@ class Unit:
         self.sm, self.name, self.rate = sm, name, rate
         self.free_at = 0.0
         self.busy = 0.0
+        self.last_step = 0.0  # clocks of one instruction of the newest batch of wgmmas
         self._newest: dict[tuple[str, str], int] = {}  # the index of a warpgroup's last span of some work
 
     def reserve(

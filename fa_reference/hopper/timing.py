@@ -78,14 +78,23 @@ class Timing:
         lambda x: 2 * 128 / x,
         "units.to_bf16.clocks_by_warps.4",
     )
+    convert_e4m3: float = _measured(
+        "conversions to e4m3: times as long as to bf16, four warps a sub-core",
+        lambda a, b: a / b,
+        "units.to_e4m3.clocks_by_warps.4",
+        "units.to_bf16.clocks_by_warps.4",
+    )
     exp_beside: float = _beside("exp2", "times as long while the tensor cores are busy: ex2")
     exp_sum_beside: float = _beside("exp2_sum", "the same for ex2 with scaling and adding up")
     fp32_beside: float = _beside("fma", "the same for fma")
     alu_beside: float = _beside("max", "the same for max, select and conversions")
-    arithmetic_shared: float = _value(
-        1.2,
-        "times as long while another warpgroup calculates too, besides waiting for its turn at a unit: set so that the "
-        "model's softmax step beside another one takes what was measured, softmax.d64.beside softmax (1331 clocks)",
+    lost_together: float = _value(
+        0.4,
+        "share lost while another warpgroup calculates too (with n of them, this over n), besides waiting for units: "
+        "set so that two and three softmax steps at once take what was measured (fa_reference.hopper.together)",
+    )
+    lost_beside: float = _value(
+        0.5, "the same while the tensor cores are busy: set on two softmax steps at once beside Q K^T and beside P V"
     )
     smem_bytes_per_clk: float = _value(128, "32 banks of 4 bytes")
     l2_bytes_per_clk: float = _measured(
@@ -117,6 +126,9 @@ class Timing:
     issue: float = _value(4, "assumed: clocks that any instruction to another unit keeps its warpgroup")
     mbarrier_test: float = _measured(
         "a wait at an mbarrier whose phase is complete", lambda x: x, "barriers.mbarrier_wait_when_complete"
+    )
+    bar_sync_alone: float = _measured(
+        "bar.sync of a warpgroup with itself", lambda x: x, "barriers.named_barrier_sync_alone"
     )
     mbarrier_latency: float = _measured(
         "from an arrival to the waiter that goes on, less the issue", lambda x: x - 4, "barriers.mbarrier_hand_over"

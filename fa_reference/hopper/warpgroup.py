@@ -196,10 +196,14 @@ class Warpgroup(Copies):
         # wgmmas of one warpgroup complete in order
         self.last_wgmma_end = max(self.last_wgmma_end, end + self.sm.luck.vary(timing.wgmma_latency))
         self.sm.at(self.last_wgmma_end, complete)
-        # The tensor cores take a batch when they are done with the one before; until then its issuer is held.
+        # The tensor cores take a batch when they have started with the last instruction of the one before; until then
+        # its issuer is held.
+        unit, steps = self.sm.units["wgmma"], A.shape[1] * DTYPE_BYTES[B.dtype] / 32
         issue = timing.wgmma_issue if a_registers is None else timing.wgmma_issue_registers
         issued = self.sm.now
-        await self.sleep_until(start + issue * A.shape[1] * DTYPE_BYTES[B.dtype] / 32)
+        taken = max(issued, start - unit.last_step)
+        unit.last_step = (end - start) / steps
+        await self.sleep_until(taken + issue * steps)
         self.span("issue", f"wgmma {operands}", issued, self.iteration)
 
     def _check_wgmma(self, D: Fragment, A: Fragment | Buffer, B: Buffer, trans_b: bool) -> None:
