@@ -77,7 +77,7 @@ CONFIGS = {
 }
 # Short sequences, as in fa3_forward.py.
 SHORT = {64: Config(64, 1, 64, 24, 136, pingpong=False, blocks_per_sm=3)}
-SPEEDS = {64: ((1.0, 81_000), (0.867, 16_000))}  # fitted on an H100 (LOG_FP8.md, section 6)
+SPEEDS = {64: ((1.0, 81_000), (0.867, 16_000))}  # fitted on an H100 (LOG_FP8.md, section 5)
 # Where V is turned in the kernel: the turning warps need registers, and longer blocks hide more of their latency.
 TURNING_CONFIGS = {
     (64, False): Config(64, 3, 128, 32, 160, polynomial=1),

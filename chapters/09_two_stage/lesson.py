@@ -309,7 +309,8 @@ hopper.show_gpu_timeline(8, 9)
 # | exponentials first, with the old maximum; again if too large | no maximum at the head of the chain |
 # | two steps of the loop written out | P changes buffers without copies, and can be rounded before the wait |
 # | only one consumer asks the mbarriers | the other's turn says the same; asking costs 60 clocks |
-# | tiles in an order that keeps K and V in L2 | matters for causal masks |
+# | tiles in an order that keeps K and V in L2, of few heads at a time | with a mask, short tiles run beside those that wait for HBM |
+# | at $d = 64$ and short sequences three blocks share an SM, one consumer each | nobody waits where a tile begins and ends |
 #
 # None of them is a new idea about attention. They are what is left when the schedule is right. Two of them go at just
 # what the timeline shows: rounding P before the wait, and a shorter chain in front of the exponentials.
