@@ -116,7 +116,7 @@ class Copies(Agent):
             raise IllegalOperand(message, **self.where(buffer.name))
         tile = await self._load_shared("ldmatrix.trans", buffer, columns.T)
         if DTYPE_BYTES[buffer.dtype] == 1:
-            self.work.append(Work("FP32", 128 * tile.registers, "prmt", self.iteration))
+            self.work.append(Work("ALU", 128 * tile.registers, "prmt", self.iteration))
         return tile
 
     async def _load_shared(self, what: str, buffer: Buffer, values: np.ndarray) -> Fragment:
