@@ -24,12 +24,15 @@
 # | the kernel | `fa3.cu` | compiled anywhere, run on an H100 or H200 |
 
 # %%
+import json
+import statistics
+
 import matplotlib.pyplot as plt
 import torch
 from IPython.display import Markdown, display
 
 from fa_reference import lesson_hopper as hopper
-from fa_reference.course import chapter
+from fa_reference.course import ROOT, chapter
 from fa_reference.grading import cuda
 from fa_reference.grading.hopper import exponentials_beside_pv
 from fa_reference.hopper.schedules import load_schedule
@@ -108,9 +111,9 @@ for stages, n in cycles.items():
 # the next P waits, or goes elsewhere). The order of rescaling is right all the same: O of block n - 1 is complete
 # before it is multiplied by the factor of block n.
 #
-# Here schedule and kernel differ. On the model `softmax.step` rounds at once and returns a new P, in registers of its
-# own, so that the one in use stays as it is. The kernel has one array for P and rounds into it after the wait; before
-# it, the compiler would answer with C7513 and wait for every product.
+# Here schedule and kernel differ. On the model `softmax.step` returns a new P, in registers of its own, so that the one
+# in use stays as it is (the time for rounding is counted after the wait all the same). The kernel has one array for P
+# and rounds into it after the wait; before it, the compiler would answer with C7513 and wait for every product.
 #
 # ## Registers, and why three stages lose
 #
@@ -297,6 +300,41 @@ hopper.show_gpu_timeline(8, 9)
 # and issuing two products at once holds the warpgroup: the second is taken when the first is nearly done. The tensor
 # cores need 2048 clocks for a step; the last row says how far that is.
 #
+# ## What if?
+#
+# On the model one can change what no kernel can: give the SM a faster unit, or more memory. How far can it be trusted?
+# It was calibrated on single instructions and on softmax steps, never on a kernel. Then it was asked for kernels that
+# nobody had looked at: other blocks of keys, other rings, other turns.
+
+# %%
+record = json.loads((ROOT / "results" / "model_prediction_h100-80gb-hbm3.json").read_text())
+head = ["| kernel | clocks of a block, H100 | model | error |", "|---|---|---|---|"]
+rows = [(f"chapter {r['chapter']}, d {r['head_dim']}", r) for r in record["predictions"] if r["chapter"] in (7, 8, 9)]
+rows += [(r["name"], r) for r in record["held_out"] if r["name"].startswith("chapter 9")]
+lines = [f"| {name} | {r['measured']:,} | {r['predicted']:,} | {r['error']:+.0%} |" for name, r in rows]
+errors = [abs(r["error"]) for r in record["held_out"]]
+display(Markdown("\n".join(head + lines)))
+print(f"all {len(errors)} that nobody had looked at: off by {statistics.mean(errors):.1%} on average,", end=" ")
+print(f"by {max(errors):.0%} at most")
+
+# %% [markdown]
+# **Predict** before you look: which one gains most from an exponential unit twice as fast?
+
+# %%
+my_prediction_what_if = None
+lines = ["| what if | clocks for 128 x 128 | tensor cores busy | exponential unit busy |", "|---|---|---|---|"]
+for row in record["what_if"]:
+    numbers = f"{row['clocks']:,} | {row['tensor']:.0%} | {row['exp']:.0%}" if row["clocks"] else "does not fit | |"
+    lines.append(f"| {row['name']} | {numbers} |")
+display(Markdown("\n".join(lines)))
+
+# %% [markdown]
+# With one slot the pipeline stalls, as above. Larger blocks of keys help, up to 128. At d 64 products are half as long
+# and the softmax is not: there a faster exponential unit would be worth a third. And tensor cores twice as fast are
+# worth nothing here, on the model: both softmaxes then run at the same time, and that is what takes so long. Where the
+# model is furthest off for kernels that exist, do not believe it about others: blocks of 64 keys in this chapter, of
+# 176 in chapter 7, and chapter 10. `cuda/CALIBRATION.md` says more.
+#
 # ## From here to the kernel one would ship
 #
 # `cuda/fa3_forward.cu` is the same algorithm and a quarter faster at this shape. It differs in these points; what
@@ -309,8 +347,8 @@ hopper.show_gpu_timeline(8, 9)
 # | exponentials first, with the old maximum; again if too large | no maximum at the head of the chain |
 # | two steps of the loop written out | P changes buffers without copies, and can be rounded before the wait |
 # | only one consumer asks the mbarriers | the other's turn says the same; asking costs 60 clocks |
-# | tiles in an order that keeps K and V in L2, of few heads at a time | with a mask, short tiles run beside those that wait for HBM |
-# | at $d = 64$ and short sequences three blocks share an SM, one consumer each | nobody waits where a tile begins and ends |
+# | tiles of few heads at a time, longest first | with a mask: K, V stay in L2; some tiles compute while others load |
+# | $d = 64$, short sequences: three one-consumer blocks an SM | one computes where another begins or ends a tile |
 #
 # None of them is a new idea about attention. They are what is left when the schedule is right. Two of them go at just
 # what the timeline shows: rounding P before the wait, and a shorter chain in front of the exponentials.
