@@ -30,9 +30,10 @@ the solutions of chapters 6 to 10.
 
 What the model leaves out: a warpgroup is one agent, so divergence and barriers among its own threads do not exist;
 swizzles, bank conflicts and descriptors; the order of keys in fp8 fragments; the compiler's order of instructions, and
-issue slots shared by warps;
-contention for shared memory between TMA and wgmma; L2 and HBM shared with other SMs; clusters; the reduced accumulator
-precision of fp8; proxy fences for a generic read before an asynchronous overwrite.
+issue slots shared by warps; why warpgroups that calculate at once lose more than units explain (it is only measured);
+latencies of shared memory, so that a producer that turns V round is too fast; contention for shared memory between TMA
+and wgmma; L2 and HBM shared with other SMs; clusters; the reduced accumulator precision of fp8; proxy fences for a
+generic read before an asynchronous overwrite. cuda/CALIBRATION.md says how far off it is for which kernel.
 """
 
 from fa_reference.hopper.attention import AttentionBlock, AttentionRun, run_attention
