@@ -24,9 +24,11 @@ def compiler():
         pytest.skip(str(error))
 
 
-@pytest.mark.parametrize("name", ["units", "wgmma", "barriers", "tma", "beside"])
-def test_the_micro_kernels_compile_without_spills_or_notes(compiler, name):
-    compiled = calibrate.build(name)
+@pytest.mark.parametrize(
+    "name, fp8", [("units", 0), ("wgmma", 0), ("barriers", 0), ("tma", 0), ("beside", 0), ("beside", 1)]
+)
+def test_the_micro_kernels_compile_without_spills_or_notes(compiler, name, fp8):
+    compiled = calibrate.build(name, fp8=bool(fp8))
     assert compiled.report.notes == (), compiled.report.describe()
     for kernel, used in compiled.report.kernels.items():
         assert used.spill_store_bytes + used.spill_load_bytes == 0, kernel
