@@ -10,22 +10,14 @@ is needed to use the model: timing.py reads the committed record.
 import argparse
 import ctypes
 import statistics
-import time
-from concurrent.futures import ProcessPoolExecutor
-from multiprocessing import get_context
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
 
 from fa_reference.bench.record import RESULTS, provenance, save, slug
 from fa_reference.course import ROOT
-from fa_reference.hopper.timing import SMS
-from fa_reference.hopper.variants import VARIANTS, Variant
+from fa_reference.hopper.kernel_clocks import kernel_cycles, prepare, variants
 from fa_reference.kernels import Arguments, CompiledKernel, LoadedKernel, compile_kernel, encode, tile_geometry
-
-if TYPE_CHECKING:
-    from fa_reference.kernels.attention_host import AttentionKernel
 
 MICRO = ROOT / "cuda" / "micro"
 ROUNDS, CHAINS = 128, 16  # of units.cu
@@ -71,13 +63,10 @@ BESIDE_FP8 = {
     "turning V round alone": ((6, 0, 0), 0),
 }
 PAIR = ("QK issued", "PV issued", "QK done", "PV done")
-LAUNCHES = 60
 BUSY_BATCHES = 400  # of 512 clocks: longer than any loop of units.cu beside them
 BUSY_KINDS = {"SS": 0, "RS": 1, "fp8_SS": 2, "fp8_RS": 3, "exp": 4, "max": 5}  # of units.cu: what goes on beside
 DELAYS = (0, 100, 256, 400, 600)
 TMA_SLOTS = 4  # of tma.cu
-KERNELS = [(chapter, head_dim) for chapter in (6, 7, 8, 9) for head_dim in (64, 128)] + [(10, 128)]
-BLOCK_LENGTHS = (32, 64)  # in blocks of keys
 L2_ROWS, HBM_ROWS = 1 << 16, 1 << 23  # of 256 bytes: 16.8 MB, 2.1 GB
 
 
@@ -257,88 +246,6 @@ def together() -> dict:
             if jobs[0] == 5:
                 counted = SOFTMAX_ROUNDS // 2
                 each[name] |= dict(zip(PAIR, (round(total / counted, 1) for total in out[6:10]), strict=True))
-    return found
-
-
-def block_clocks(kernel: "AttentionKernel", head_dim: int, key_blocks: int) -> list[int]:
-    """Clocks of some blocks from start to end, in the middle of a grid that fills the GPU."""
-    from fa_reference.kernels import trace
-
-    return [
-        trace.cycles_of(block) for block in trace.record(kernel, head_dim, level=trace.CYCLES, key_blocks=key_blocks)
-    ]
-
-
-def variants() -> dict:
-    """Clocks of a block of every variant that compiles as it should."""
-    found = {}
-    for variant in VARIANTS:
-        try:
-            clocks = block_clocks(variant.kernel(), variant.head_dim, variant.key_blocks)
-            found[variant.name] = {"clocks": clocks, "remark": faults(variant)}
-        except Exception as error:  # the others are worth having
-            found[variant.name] = {"failed": f"{type(error).__name__}: {error}"}
-    return found
-
-
-def faults(variant: Variant) -> str:
-    """What makes a variant another kernel than it seems: spills, or products that the compiler made wait."""
-    kernel = variant.kernel()
-    report = kernel.build(variant.head_dim, torch.bfloat16, False).report
-    used = report.kernels["attention"]
-    spills = used.spill_store_bytes + used.spill_load_bytes
-    return "; ".join([f"{spills} bytes of spills"] * bool(spills) + [note.code for note in report.notes])
-
-
-def prepare() -> None:
-    """Compile all kernels that `kernels` and `variants` run, side by side. Before the GPU is used."""
-    with ProcessPoolExecutor(mp_context=get_context("fork")) as pool:
-        list(pool.map(_compile, VARIANTS))
-        list(pool.map(_compile, [Variant(c, d, key_blocks=n) for c, d in KERNELS for n in BLOCK_LENGTHS]))
-
-
-def _compile(variant: Variant) -> None:
-    from fa_reference.kernels import trace
-
-    try:
-        kernel = variant.kernel()
-        first = trace.middle_of_grid(kernel, variant.key_blocks, trace.HEADS, SMS)
-        for source in (None, trace.traced_source(kernel, trace.CYCLES, first)):
-            kernel.build(variant.head_dim, trace.input_type(kernel), False, source=source)
-    except Exception:  # whoever runs it will see it again
-        pass
-
-
-def kernel_cycles() -> dict:
-    """Clocks a block of the chapters' kernels took, from the SM's clock at its start and end, in the middle of a grid
-    that fills the GPU; and milliseconds of the whole grid with the SM clock meanwhile."""
-    from fa_reference.bench.monitor import Monitor
-    from fa_reference.kernels import trace
-
-    found = {}
-    for chapter, head_dim in KERNELS:
-        kernel = trace.kernel_of(chapter)
-        entry: dict = {f"block_of_{n}": block_clocks(kernel, head_dim, n) for n in BLOCK_LENGTHS}
-        monitor = Monitor(every_s=0.02)
-        shape = (4, 8192, 16, head_dim)
-        q, k, v = (torch.randn(shape, device="cuda", dtype=torch.bfloat16).transpose(1, 2) for _ in range(3))
-        launch = trace.launcher(kernel, q, k, v)
-        start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        for launches in (20, LAUNCHES):
-            start.record()
-            for _ in range(launches):
-                launch(None)
-            stop.record()
-            monitor.take()
-            while not stop.query():
-                monitor()
-                time.sleep(0.005)
-        entry["grid"] = {
-            "batch_len_heads": shape[:3],
-            "milliseconds": round(start.elapsed_time(stop) / LAUNCHES, 4),
-            "sm_clock_mhz": sorted({sample[0] for sample in monitor.samples}),
-        }
-        found[f"chapter {chapter}, d {head_dim}"] = entry
     return found
 
 

@@ -20,7 +20,7 @@ import numpy as np
 
 from fa_reference.bench.record import RESULTS, save
 from fa_reference.hopper.attention import AttentionBlock
-from fa_reference.hopper.calibrate import KERNELS
+from fa_reference.hopper.kernel_clocks import KERNELS
 from fa_reference.hopper.memory import FP8
 from fa_reference.hopper.registers import ROWS
 from fa_reference.hopper.report import Report
