@@ -95,6 +95,7 @@ def check_quantiser() -> int:
             for n, h in ((len_q, heads_q), (len_k, heads_kv), (len_k, heads_kv))
         )
         k[0, 0, :128] = 0
+        k[0, 0, 64:128] = -0.0
         signs = random_signs(head_dim, len_q)
         wanted = [quantize(rotate(x, signs) if rotated else x, "block", quantise_fp8.BLOCK) for x in (q, k)]
         wanted.append(quantize(v, "head"))

@@ -29,6 +29,9 @@
 # `cuda/hopper/`.
 
 # %%
+import json
+import textwrap
+
 import matplotlib.pyplot as plt
 from IPython.display import Markdown, display
 
@@ -230,6 +233,17 @@ print("without specialisation, 256 threads:", min(255, 65536 // 256 // 8 * 8), "
 # | does not end, in no barrier | `setmaxnreg` claims more than there is |
 # | C7517, C7514 | an accumulator is touched before the wait |
 #
+# The first sentence of a deadlock names whose time was up first, the second where the other warpgroups stood: read
+# both, and look for the one that waits for something that nobody owes it. An H100 said this of a kernel whose producer
+# began with parity 0:
+
+# %%
+matrix = json.loads((ROOT / "results" / "kill_matrix_h100-80gb-hbm3.json").read_text())
+said = {a["answer"]: a["message"].splitlines() for a in matrix["answers"]}
+for line in said["warp_specialised.cu: the producer begins with the wrong parity"][:2]:
+    print(textwrap.fill(line, 100))
+
+# %% [markdown]
 # ## What these checks do not see without a GPU
 #
 # The schedule is graded fully, but for how early K is released: at the end of the iteration is right too, and leaves
