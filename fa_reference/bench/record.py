@@ -27,13 +27,18 @@ def _git(*arguments: str) -> str | None:
     return done.stdout.strip() if done.returncode == 0 else None
 
 
+def _without_folders(command: list[str]) -> list[str]:
+    """A command line with absolute paths cut down to the last name: where they lead is one machine's affair."""
+    return [Path(word).name if Path(word).is_absolute() else word for word in command]
+
+
 def provenance(command: list[str]) -> dict:
     """What one must know to place a measurement: device, limits, software, commit, date and command line."""
     import torch
 
     data: dict = {
         "date": dt.datetime.now(dt.UTC).strftime("%Y-%m-%dT%H:%M:%SZ"),
-        "command": " ".join(command),
+        "command": " ".join(_without_folders(command)),
         "python": platform.python_version(),
         "torch": torch.__version__,
         "triton": _version_of("triton"),

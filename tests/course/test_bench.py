@@ -245,6 +245,11 @@ def test_limits_of_a_version_are_said():
     assert top_left.refuses(SMALL) is None and "top-left" in top_left.refuses(rectangle)
 
 
+def test_a_recorded_command_names_no_folder_of_its_machine():
+    command = ["bench", "--out", "/home/somebody/results/forward.json", "--impl", "chapters/04_fa2"]
+    assert records.provenance(command)["command"] == "bench --out forward.json --impl chapters/04_fa2"
+
+
 def test_a_lost_device_ends_the_run_and_keeps_what_there_was(tmp_path, monkeypatch):
     cells = [SMALL, SMALL]
     done = []
