@@ -11,7 +11,7 @@ from torch import Tensor
 
 from fa_reference.kernels import CompiledKernel, LoadedKernel, compile_kernel, require_hopper, tile_geometry
 from fa_reference.kernels.persistent import SCHEDULE_FIELDS, PersistentLauncher, schedule
-from fa_reference.kernels.tile_choice import Choice, fastest
+from fa_reference.kernels.tile_choice import Speed, fastest
 from fa_reference.validation import check_attention_inputs
 
 SOURCE = Path(__file__).with_suffix(".cu")
@@ -67,7 +67,7 @@ CONFIGS = {
 # Short sequences: three blocks share an SM, each with a small tile, so that one's beginning and end run under the
 # others' products. Long ones lose by that, as K and V are loaded for 64 queries instead of 192.
 SHORT = {64: Config(64, 1, 64, 24, 136, blocks_per_sm=3)}
-SPEEDS = {64: ((1.0, 39_500), (0.95, 10_600))}  # of both, as in Choice; fitted on an H100 (LOG.md, section 8)
+SPEEDS = {64: (Speed(1.0, 39_500), Speed(0.95, 10_600))}  # of main and short; fitted on an H100 (LOG.md, section 8)
 HEAD_DIMS = tuple(sorted({head_dim for head_dim, _ in CONFIGS}))
 
 
@@ -76,8 +76,7 @@ def choose_config(head_dim: int, len_q: int, len_k: int, causal: bool) -> Config
     main = CONFIGS[head_dim, causal]
     if head_dim not in SHORT:
         return main
-    both = [Choice(c, *speed) for c, speed in zip((main, SHORT[head_dim]), SPEEDS[head_dim], strict=True)]
-    return fastest(both, len_q, len_k, causal)
+    return fastest((main, SHORT[head_dim]), SPEEDS[head_dim], len_q, len_k, causal)
 
 
 class Problem(ctypes.Structure):

@@ -14,7 +14,7 @@ from fa_reference.fp8.attention import check_scale
 from fa_reference.fp8.hadamard import random_signs
 from fa_reference.kernels import CompiledKernel, LoadedKernel, compile_kernel, require_hopper, tile_geometry
 from fa_reference.kernels.persistent import SCHEDULE_FIELDS, PersistentLauncher, schedule
-from fa_reference.kernels.tile_choice import Choice, fastest
+from fa_reference.kernels.tile_choice import Speed, fastest
 from fa_reference.validation import check_attention_inputs
 from fa_reference.versions import load_file
 
@@ -77,7 +77,9 @@ CONFIGS = {
 }
 # Short sequences, as in fa3_forward.py.
 SHORT = {64: Config(64, 1, 64, 24, 136, pingpong=False, blocks_per_sm=3)}
-SPEEDS = {64: ((1.0, 81_000), (0.867, 16_000))}  # fitted on an H100 (LOG_FP8.md, section 5)
+SPEEDS = {
+    64: (Speed(1.0, 81_000), Speed(0.867, 16_000))
+}  # of main and short; fitted on an H100 (LOG_FP8.md, section 5)
 # Where V is turned in the kernel: the turning warps need registers, and longer blocks hide more of their latency.
 TURNING_CONFIGS = {
     (64, False): Config(64, 3, 128, 32, 160, polynomial=1),
@@ -106,8 +108,7 @@ def choose_config(
     main = default_config(head_dim, causal=causal, v_transposed=v_transposed, two_level=two_level)
     if head_dim not in SHORT or two_level or not v_transposed:
         return main
-    both = [Choice(c, *speed) for c, speed in zip((main, SHORT[head_dim]), SPEEDS[head_dim], strict=True)]
-    return fastest(both, len_q, len_k, causal)
+    return fastest((main, SHORT[head_dim]), SPEEDS[head_dim], len_q, len_k, causal)
 
 
 class Problem(ctypes.Structure):

@@ -4,9 +4,9 @@
 
 First the checks: the quantiser bit for bit against fa_reference.fp8; random shapes (debug build first) against the
 emulation, and against float64 by root mean square error, which may be 1.1 times the emulation's; the error on the
-paper's input and on activations of SmolLM2, where the emulation adds as the tensor core does; two-level accumulation
-at 64k keys. Then the race, interleaved, in the
-paper's setting (16k tokens in all, hidden size 2048), and a record in results/forward_fp8_<device>_<day>.json.
+paper's input and on activations of SmolLM2, where the emulation adds as the tensor core does. Then the race,
+interleaved, in the paper's setting (16k tokens in all, hidden size 2048), two-level accumulation at 64k keys, and
+records in results/: checks_fp8_<device>_<day>.json and forward_fp8_<device>_<day>.json.
 """
 
 import argparse

@@ -112,10 +112,12 @@ def launch(which: str) -> None:
             for v_transposed in (False, True):
                 codes = quantise_fp8.quantise(q, k, v, signs=signs, v_transposed=v_transposed)
                 for causal in (False, True):
-                    fa3_forward_fp8.forward_fp8(**vars(codes), causal=causal)
-                if v_transposed:
-                    main = fa3_forward_fp8.CONFIGS[head_dim, True]
-                    fa3_forward_fp8.forward_fp8(**vars(codes), causal=True, config=main)
+                    tiles = (fa3_forward_fp8.CONFIGS if v_transposed else fa3_forward_fp8.TURNING_CONFIGS)[
+                        head_dim, causal
+                    ]
+                    short = fa3_forward_fp8.SHORT.get(head_dim) if v_transposed else None
+                    for config in filter(None, (tiles, short)):
+                        fa3_forward_fp8.forward_fp8(**vars(codes), causal=causal, config=config)
             if head_dim == 128:
                 chapter10.forward_fp8(**chapter10.quantised(q, k, v), causal=True)
     torch.cuda.synchronize()

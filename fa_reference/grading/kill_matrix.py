@@ -6,7 +6,6 @@ with --write keeps it in results/kill_matrix_DEVICE.json, from which the page be
 
 import argparse
 import json
-import re
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -17,14 +16,12 @@ from typing import Any
 
 import torch
 
-from fa_reference.course import CHAPTERS, ROOT
+from fa_reference.bench.record import RESULTS, slug
+from fa_reference.course import CHAPTERS
 from fa_reference.grading.kill_page import SOMETIMES, write_page
 from fa_reference.grading.mutants import ANYWHERE, BadMutant, Patched, read_answers
 from fa_reference.grading.report import NOT_GRADED
 from fa_reference.grading.trials import Trial, problem, run_apart
-
-RESULTS = ROOT / "results"
-
 
 # Starting a process costs some seconds, losing one costs its answers.
 SHARE = 40
@@ -37,7 +34,7 @@ def device_name() -> str:
 
 def record_path(device: str) -> Path:
     """Where the matrix of a device is kept."""
-    return RESULTS / f"kill_matrix_{re.sub('[^a-z0-9]+', '-', device.lower().removeprefix('nvidia ')).strip('-')}.json"
+    return RESULTS / f"kill_matrix_{slug(device)}.json"
 
 
 def run_matrix(answers: Sequence[Patched], everything: bool, jobs: int) -> Iterator[tuple[Patched, list[Trial]]]:

@@ -93,13 +93,8 @@ def write_page() -> Path:
             here = [a for a in answers if a["chapter"] == number]
             lines.append(f"\n### Chapter {number}: {chapter(number).title}\n")
             dates, runs = sorted({a["date"] for a in here}), [a["repetitions"] for a in here]
-            times = (
-                f"{min(runs)} to {max(runs)} times"
-                if min(runs) < max(runs)
-                else f"{runs[0]} times"
-                if runs[0] > 1
-                else "once"
-            )
+            fewest, most = min(runs), max(runs)
+            times = "once" if most == 1 else f"{most} times" if fewest == most else f"{fewest} to {most} times"
             same = sum(a["same_in_every_run"] for a in here)
             lines.append(
                 f"{' and '.join(dates)}, run {times}: {same} of {len(here)} answers were judged alike each time."

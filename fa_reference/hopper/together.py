@@ -1,6 +1,6 @@
 """The model's answers to cuda/micro/beside.cu: a softmax step beside what other warpgroups do.
 
-Two values of the model (timing.py: arithmetic_shared, shared_beside) are set such that these answers come out as they
+Two values of the model (timing.py: lost_together, lost_beside) are set such that these answers come out as they
 were measured. Everything else about them follows from measurements of single units, so they also show how well those
 add up: `python -m fa_reference.hopper.together` prints both.
 """

@@ -3,7 +3,7 @@
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 
 class TileSizes(Protocol):
@@ -19,14 +19,16 @@ class TileSizes(Protocol):
 
 
 @dataclass(frozen=True)
-class Choice:
-    """A configuration with what was measured of it."""
+class Speed:
+    """What was measured of a configuration."""
 
-    config: TileSizes
-    speed: float
-    """At which scores are computed where sequences are long, relative to the other choices."""
+    relative: float
+    """Speed at which scores are computed where sequences are long, relative to the other choices."""
     scores_a_tile: int
     """What the beginning and the end of a tile cost, in scores computed at that speed."""
+
+
+Config = TypeVar("Config", bound=TileSizes)
 
 
 def computed_scores(config: TileSizes, len_q: int, len_k: int, causal: bool) -> int:
@@ -38,11 +40,12 @@ def computed_scores(config: TileSizes, len_q: int, len_k: int, causal: bool) -> 
     return blocks * config.block_q * config.block_k
 
 
-def fastest(choices: Sequence[Choice], len_q: int, len_k: int, causal: bool) -> TileSizes:
-    """The configuration that should take the least time for these lengths."""
+def fastest(configs: Sequence[Config], speeds: Sequence[Speed], len_q: int, len_k: int, causal: bool) -> Config:
+    """The one of `configs`, whose speeds are `speeds`, that should take the least time for these lengths."""
 
-    def time(choice: Choice) -> float:
-        tiles = math.ceil(len_q / choice.config.block_q)
-        return (computed_scores(choice.config, len_q, len_k, causal) + tiles * choice.scores_a_tile) / choice.speed
+    def time(choice: tuple[Config, Speed]) -> float:
+        config, speed = choice
+        tiles = math.ceil(len_q / config.block_q)
+        return (computed_scores(config, len_q, len_k, causal) + tiles * speed.scores_a_tile) / speed.relative
 
-    return min(choices, key=time).config
+    return min(zip(configs, speeds, strict=True), key=time)[0]

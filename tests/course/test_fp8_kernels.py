@@ -286,6 +286,7 @@ def test_default_config():
         assert fp8.default_config(head_dim, v_transposed=True, **options) == fp8.CONFIGS[head_dim, causal]
         assert fp8.default_config(head_dim, v_transposed=False, **options) == fp8.TURNING_CONFIGS[head_dim, causal]
     assert fp8.default_config(128, causal=True, v_transposed=True, two_level=True) == fp8.TWO_LEVEL_CONFIGS[128]
+    assert [fp8.padded_keys(n) for n in (1, 128, 129)] == [128, 128, 256]
 
 
 def test_short_sequences_get_small_tiles_where_v_comes_transposed():
@@ -295,7 +296,6 @@ def test_short_sequences_get_small_tiles_where_v_comes_transposed():
     assert fp8.choose_config(64, 1024, 1024, **kind | {"v_transposed": False}) == fp8.TURNING_CONFIGS[64, True]
     assert fp8.choose_config(64, 1024, 1024, **kind | {"two_level": True}) == fp8.TWO_LEVEL_CONFIGS[64]
     assert fp8.choose_config(128, 1024, 1024, **kind) == fp8.CONFIGS[128, True]
-    assert [fp8.padded_keys(n) for n in (1, 128, 129)] == [128, 128, 256]
 
 
 @pytest.mark.parametrize(
