@@ -167,6 +167,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--only", nargs="*", default=[""], help="only answers with one of these texts in `file: name`")
     parser.add_argument("--without", nargs="*", default=[], help="without answers that have one of these texts in it")
     parser.add_argument("--where", nargs="*", help="only mutants seen there: any, gpu, hopper")
+    parser.add_argument("--variants", action="store_true", help="only correct variants, no mutants")
     parser.add_argument("--quick", action="store_true", help="each mutant runs only the check that must kill it")
     parser.add_argument("--repeat", type=int, default=1, help="run all of it so many times")
     parser.add_argument("--jobs", type=int, default=1, help="processes at once")
@@ -191,6 +192,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     answers = [a for a in answers if any(text in a.label for text in options.only)]
     answers = [a for a in answers if not any(text in a.label for text in options.without)]
     answers = [a for a in answers if options.where is None or (a.is_mutant and a.where in options.where)]
+    answers = [a for a in answers if not (options.variants and a.is_mutant)]
     if not answers:
         print("cannot run: no mutant or variant fits")
         return 2
