@@ -112,37 +112,22 @@ def _load(config: Config, causal: bool, dtype: torch.dtype, debug: bool, source:
     return LoadedKernel(compiled, "fa3_forward", threads=config.threads, shared_bytes=config.shared_bytes)
 
 
-class _Plan:
-    """All that does not change between calls with tensors of the same shapes, strides, dtypes and device."""
-
-    def __init__(
-        self, q: Tensor, k: Tensor, v: Tensor, *, causal: bool, scale: float, config: Config, debug: bool, source: Path
-    ) -> None:
-        require_hopper(q.device)
-        geometry = {
-            "q": tile_geometry(q, name="q", box_rows=config.block_q),
-            "k": tile_geometry(k, name="k", box_rows=config.block_k),
-            "v": tile_geometry(v, name="v", box_rows=config.block_k),
-            "o": tile_geometry(torch.empty_like(q), name="o", box_rows=64, box_columns=config.output_columns),
-        }
-        order = schedule(q, k, block_q=config.block_q, causal=causal, blocks_per_sm=config.blocks_per_sm)
-        problem = Problem(*order, scale)
-        kernel = _load(config, causal, q.dtype, debug, source)
-        self.launcher = PersistentLauncher(
-            kernel, geometry, problem, q.device, outputs=1, blocks_per_sm=config.blocks_per_sm
-        )
-        self.lse_shape = q.shape[:3]
-        self.device = q.device.index
-
-    def run(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Allocate the outputs and queue the kernel on the current stream; the plan's device must be current."""
-        o = torch.empty_like(q)
-        lse = torch.empty(self.lse_shape, dtype=torch.float32, device=q.device)
-        self.launcher.launch((q, k, v, o), (lse,))
-        return o, lse
+def _launcher(
+    q: Tensor, k: Tensor, v: Tensor, *, causal: bool, scale: float, config: Config, debug: bool, source: Path
+) -> PersistentLauncher:
+    require_hopper(q.device)
+    geometry = {
+        "q": tile_geometry(q, name="q", box_rows=config.block_q),
+        "k": tile_geometry(k, name="k", box_rows=config.block_k),
+        "v": tile_geometry(v, name="v", box_rows=config.block_k),
+        "o": tile_geometry(torch.empty_like(q), name="o", box_rows=64, box_columns=config.output_columns),
+    }
+    order = schedule(q, k, block_q=config.block_q, causal=causal, blocks_per_sm=config.blocks_per_sm)
+    kernel, problem = _load(config, causal, q.dtype, debug, source), Problem(*order, scale)
+    return PersistentLauncher(kernel, geometry, problem, q.device, outputs=1, blocks_per_sm=config.blocks_per_sm)
 
 
-_plans: dict[tuple, _Plan] = {}
+_plans: dict[tuple, PersistentLauncher] = {}
 
 
 def forward(
@@ -178,15 +163,13 @@ def forward(
             return torch.zeros_like(q), torch.full(q.shape[:3], -math.inf, device=q.device)
         chosen = config or choose_config(q.shape[3], q.shape[2], k.shape[2], causal)
         with torch.cuda.device(q.device):
-            plan = _Plan(q, k, v, causal=causal, scale=number, config=chosen, debug=debug, source=source)
+            plan = _launcher(q, k, v, causal=causal, scale=number, config=chosen, debug=debug, source=source)
         if len(_plans) >= MAX_PLANS:
             _plans.clear()
         _plans[key] = plan
-    if plan.device == torch._C._cuda_getDevice():
-        result = plan.run(q, k, v)
-    else:
-        with torch.cuda.device(plan.device):
-            result = plan.run(q, k, v)
+    with torch.cuda.device(plan.device):
+        o, lse = torch.empty_like(q), torch.empty(q.shape[:3], dtype=torch.float32, device=q.device)
+        plan.launch((q, k, v, o), (lse,))
     if debug:
-        plan.launcher.check_deadlock(BARRIER_NAMES)
-    return result
+        plan.check_deadlock(BARRIER_NAMES)
+    return o, lse

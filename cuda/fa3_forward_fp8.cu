@@ -16,6 +16,7 @@
 //   turns        cost more than they bring; the switch is there.
 #include "hopper/base.cuh"
 #include "hopper/fp8.cuh"
+#include "hopper/grid.cuh"
 #include "hopper/mbarrier.cuh"
 #include "hopper/named_barrier.cuh"
 #include "hopper/registers.cuh"
@@ -29,6 +30,7 @@ constexpr int kConsumers = FA_CONSUMERS;       // warpgroups that compute; each 
 constexpr int kBlockK = FA_BLOCK_K;            // keys in a block
 constexpr int kStages = FA_STAGES;             // slots in the rings of K, V and turned V
 constexpr int kQueryStages = FA_QUERY_STAGES;
+constexpr int kBlocksPerSM = FA_BLOCKS_PER_SM;  // thread blocks that share a multiprocessor
 constexpr bool kCausal = FA_CAUSAL;
 constexpr bool kTurnsValues = FA_TURNS_VALUES;  // V comes as (keys, head_dim) and is turned here
 constexpr bool kPingpong = FA_PINGPONG;
@@ -411,7 +413,7 @@ __device__ __forceinline__ void consume(Shared& shared, const int consumer, cons
 }
 
 // ---- the kernel ----------------------------------------------------------------------------------------------------
-extern "C" __global__ void __launch_bounds__(kThreads, FA_BLOCKS_PER_SM)
+extern "C" __global__ void __launch_bounds__(kThreads, kBlocksPerSM)
     fa3_forward_fp8(const __grid_constant__ TensorMap q_map, const __grid_constant__ TensorMap k_map,
                     const __grid_constant__ TensorMap v_map, const __grid_constant__ TensorMap o_map, float* lse,
                     u32* tile_counter, const __grid_constant__ Problem problem) {
@@ -435,6 +437,7 @@ extern "C" __global__ void __launch_bounds__(kThreads, FA_BLOCKS_PER_SM)
         }
         mbarrier_init_fence();
     }
+    grid_wait();  // for the quantiser
     __syncthreads();
 
     if (warpgroup == 0) {

@@ -15,12 +15,11 @@ from fa_reference.fp8.scales import check_finite
 from fa_reference.kernels import (
     Arguments,
     CompiledKernel,
-    Descriptor,
     LoadedKernel,
+    Maps,
+    StreamState,
     TileGeometry,
-    check_address,
     compile_kernel,
-    encode,
     require_hopper,
     tile_geometry,
 )
@@ -123,52 +122,33 @@ class _Plan:
         head_dim = q.shape[3]
         self.device, self.v_transposed = q.device.index, v_transposed
         self.kernel = _load(head_dim, q.dtype, rotate, v_transposed)
-        self.geometry, self.problem = describe(q, k, v, v_transposed=v_transposed)
+        geometry, self.problem = describe(q, k, v, v_transposed=v_transposed)
         processors = torch.cuda.get_device_properties(q.device).multi_processor_count
         at_once = blocks_per_sm(head_dim) * processors
         values = self.problem.operands[2]
         self.problem.lag = visit_lag(values.tiles, values.blocks, at_once)
         jobs = sum(operand.tiles for operand in self.problem.operands) + values.tiles
         self.grid = (min(at_once, jobs),)
-        self.maps = (Descriptor * 6)()
-        self.arguments = Arguments(self.maps, self.problem)
-        self.addresses: tuple[int, ...] = ()  # as encoded in the maps
-        self.states: dict[int, Tensor] = {}  # stream -> the state that its launches share
+        self.maps = Maps(geometry)
+        self.arguments = Arguments(self.maps.descriptors, self.problem)
+        self.state = StreamState(2 + values.tiles, q.device)  # the kernel's `State`
         self.lock = threading.Lock()
 
     def run(self, q: Tensor, k: Tensor, v: Tensor, signs: Tensor | None) -> QuantisedInputs:
         """Allocate the outputs and queue the kernel on the current stream; the plan's device must be current."""
-        inputs = (q, k, v)
         codes = empty_codes(q, k, v, v_transposed=self.v_transposed)
         counts = (*(operand.tiles for operand in self.problem.operands[:2]), v.shape[0] * v.shape[1])
         q_scale, k_scale, v_scale = torch.empty(sum(counts), dtype=torch.float32, device=q.device).split(counts)
         scales = (q_scale.view(*q.shape[:2], -1), k_scale.view(*k.shape[:2], -1), v_scale.view(*v.shape[:2]))
         with self.lock:  # the arguments are shared by all calls, and copied by the driver when it queues the kernel
-            addresses = tuple(x.data_ptr() for x in (*inputs, *codes))
-            if addresses != self.addresses:
-                for name, address in zip("qkv", addresses, strict=False):
-                    check_address(address, name)
-                self.maps[:] = [
-                    encode(geometry, address) for geometry, address in zip(self.geometry, addresses, strict=True)
-                ]
-                self.addresses = addresses
+            self.maps.point_at((q, k, v, *codes))
             for operand, scale in zip(self.problem.operands, scales, strict=True):
                 operand.scale = scale.data_ptr()
             self.problem.signs = 0 if signs is None else signs.data_ptr()
-            state = self._state()
+            state = self.state.current()
             self.problem.state = state.data_ptr()
             self.kernel.launch(self.device, self.grid, self.arguments)
         return QuantisedInputs(*codes, *scales, self.v_transposed)
-
-    def _state(self) -> Tensor:
-        """What the kernel's blocks of threads tell each other: zeros before a launch and after it."""
-        words = 2 + self.problem.operands[2].tiles
-        if torch.cuda.is_current_stream_capturing():
-            return torch.zeros(words, dtype=torch.int32, device=self.device)  # belongs to the graph
-        stream = torch._C._cuda_getCurrentRawStream(self.device)
-        if stream not in self.states:
-            self.states[stream] = torch.zeros(words, dtype=torch.int32, device=self.device)
-        return self.states[stream]
 
 
 def empty_codes(q: Tensor, k: Tensor, v: Tensor, *, v_transposed: bool) -> tuple[Tensor, Tensor, Tensor]:
@@ -180,15 +160,15 @@ def empty_codes(q: Tensor, k: Tensor, v: Tensor, *, v_transposed: bool) -> tuple
     return q_codes, k_codes, torch.empty(shape, dtype=torch.float8_e4m3fn, device=v.device)
 
 
-def describe(q: Tensor, k: Tensor, v: Tensor, *, v_transposed: bool) -> tuple[list[TileGeometry], Problem]:
+def describe(q: Tensor, k: Tensor, v: Tensor, *, v_transposed: bool) -> tuple[dict[str, TileGeometry], Problem]:
     """How TMA sees q, k, v and their codes, and the kernel's `Problem` without addresses and order. Needs no GPU."""
     head_dim = q.shape[3]
-    geometry = [tile_geometry(x, name=name, box_rows=BLOCK) for name, x in (("q", q), ("k", k), ("v", v))]
-    codes = empty_codes(q, k, v, v_transposed=v_transposed)
-    for x in codes[: 2 if v_transposed else 3]:
-        geometry.append(tile_geometry(x, name="codes", box_rows=BLOCK, swizzle_bytes=min(128, head_dim)))
-    if v_transposed:
-        geometry.append(tile_geometry(codes[2], name="codes", box_rows=head_dim, box_columns=BLOCK))
+    geometry = {name: tile_geometry(x, name=name, box_rows=BLOCK) for name, x in (("q", q), ("k", k), ("v", v))}
+    for name, x in zip("qkv", empty_codes(q, k, v, v_transposed=v_transposed), strict=True):
+        turned = v_transposed and name == "v"
+        box = {"box_rows": head_dim, "box_columns": BLOCK} if turned else {"box_rows": BLOCK}
+        swizzle_bytes = 128 if turned else min(128, head_dim)
+        geometry[f"codes of {name}"] = tile_geometry(x, name="codes", **box, swizzle_bytes=swizzle_bytes)
     problem = Problem()
     for operand, x in zip(problem.operands, (q, k, v), strict=True):
         operand.heads, operand.blocks = x.shape[1], math.ceil(x.shape[2] / BLOCK)

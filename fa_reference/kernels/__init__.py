@@ -5,7 +5,8 @@ from fa_reference.kernels.compile import CompiledKernel, cache_folder, compile_k
 from fa_reference.kernels.errors import KernelCompileError, KernelDeadlock, KernelUnavailable
 from fa_reference.kernels.launch import Arguments, LoadedKernel, require_hopper
 from fa_reference.kernels.sass import count_instructions, instructions_between, sass_instructions, sass_listing
-from fa_reference.kernels.tma import Descriptor, TileGeometry, check_address, encode, tile_geometry
+from fa_reference.kernels.stream_state import StreamState
+from fa_reference.kernels.tma import Descriptor, Maps, TileGeometry, encode, tile_geometry
 
 __all__ = [
     "Arguments",
@@ -16,11 +17,12 @@ __all__ = [
     "KernelDeadlock",
     "KernelUnavailable",
     "LoadedKernel",
+    "Maps",
     "Note",
     "Resources",
+    "StreamState",
     "TileGeometry",
     "cache_folder",
-    "check_address",
     "compile_kernel",
     "compiler_version",
     "count_instructions",

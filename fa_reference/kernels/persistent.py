@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from fa_reference.kernels.launch import Arguments, LoadedKernel
-from fa_reference.kernels.tma import Descriptor, TileGeometry, check_address, encode
+from fa_reference.kernels.stream_state import StreamState
+from fa_reference.kernels.tma import Maps, TileGeometry
 
 L2_BYTES_FOR_KEYS = 32 * 2**20  # K and V of the heads in flight should fit into this much of the 50 MB L2
 KEY_HEADS = 16  # heads of K and V in flight at most, for each thread block of an SM
@@ -58,45 +59,32 @@ class PersistentLauncher:
     ) -> None:
         """geometry: of what has a map, in order. problem: the kernel's, which starts with SCHEDULE_FIELDS. outputs: how
         many pointers stand between the maps and the counter. blocks_per_sm: thread blocks that fit into an SM."""
-        self.kernel, self.geometry, self.problem, self.device = kernel, geometry, problem, device.index
-        self.descriptors = tuple(Descriptor() for _ in geometry)
+        self.kernel, self.maps, self.problem, self.device = kernel, Maps(geometry), problem, device.index
         self.outputs, self.counter = [ctypes.c_void_p() for _ in range(outputs)], ctypes.c_void_p()
-        self.arguments = Arguments(*self.descriptors, *self.outputs, self.counter, problem)
-        self.addresses: tuple[int, ...] = ()  # as encoded in the descriptors
+        self.arguments = Arguments(*self.maps.descriptors, *self.outputs, self.counter, problem)
         blocks = blocks_per_sm * torch.cuda.get_device_properties(device).multi_processor_count
         self.grid = (min(problem.query_tiles * problem.heads, blocks),)
-        self.counters: dict[int, Tensor] = {}  # stream -> the counter that its launches share
+        self.tiles_drawn = StreamState(1, device)
         self.lock = threading.Lock()
 
-    def launch(self, mapped: Sequence[Tensor], outputs: Sequence[Tensor], **pointers: int) -> None:
-        """Queue the kernel on the current stream of the current device; `pointers` are fields of `problem`."""
+    def launch(
+        self, mapped: Sequence[Tensor], outputs: Sequence[Tensor], *, early: bool = False, **pointers: int
+    ) -> None:
+        """Queue the kernel on the current stream of the current device; `pointers` are fields of `problem`.
+
+        `early` as in LoadedKernel.launch.
+        """
         with self.lock:  # the arguments are shared by all calls, and copied by the driver when it queues the kernel
-            addresses = tuple(tensor.data_ptr() for tensor in mapped)
-            if addresses != self.addresses:
-                for (name, geometry), address, slot in zip(
-                    self.geometry.items(), addresses, self.descriptors, strict=True
-                ):
-                    check_address(address, name)
-                    ctypes.memmove(slot, encode(geometry, address), ctypes.sizeof(slot))
-                self.addresses = addresses
+            self.maps.point_at(mapped)
             for name, value in pointers.items():
                 setattr(self.problem, name, value)
-            counter = self._tile_counter()
+            counter = self.tiles_drawn.current()
             self.counter.value = counter.data_ptr()
             for slot, output in zip(self.outputs, outputs, strict=True):
                 slot.value = output.data_ptr()
-            self.kernel.launch(self.device, self.grid, self.arguments)
+            self.kernel.launch(self.device, self.grid, self.arguments, early=early)
 
     def check_deadlock(self, barrier_names: Sequence[str]) -> None:
         """After a launch of a debug build: raise KernelDeadlock if a wait ran out of time."""
-        self.counters.clear()  # after a deadlock they are not zero
+        self.tiles_drawn.forget()
         self.kernel.check_deadlock(barrier_names)
-
-    def _tile_counter(self) -> Tensor:
-        """The scheduler's counter, zero before a launch and zero again after it: a stream needs only one."""
-        if torch.cuda.is_current_stream_capturing():
-            return torch.zeros(1, dtype=torch.int32, device=self.device)  # belongs to the graph
-        stream = torch._C._cuda_getCurrentRawStream(self.device)
-        if stream not in self.counters:
-            self.counters[stream] = torch.zeros(1, dtype=torch.int32, device=self.device)
-        return self.counters[stream]

@@ -8,6 +8,7 @@ Batch and head are dimensions of their own, so rows past the end read as zeros a
 
 import ctypes
 import dataclasses
+from collections.abc import Mapping, Sequence
 from functools import lru_cache
 
 import torch
@@ -122,3 +123,23 @@ def encode(geometry: TileGeometry, address: int) -> Descriptor:
     if status != driver.CUresult.CUDA_SUCCESS:
         raise ValueError(f"the driver refuses this TMA tensor ({status.name}): {geometry}, address {address:#x}")
     return Descriptor(*(int(word) for word in encoded.opaque))
+
+
+class Maps:
+    """The descriptors of several tensors as kernel parameters, encoded again only when an address changes."""
+
+    def __init__(self, geometry: Mapping[str, TileGeometry]) -> None:
+        """geometry: of every tensor by its name, in the order of the parameters."""
+        self.geometry = geometry
+        self.descriptors = (Descriptor * len(geometry))()
+        self.addresses: tuple[int, ...] = ()  # as encoded
+
+    def point_at(self, tensors: Sequence[torch.Tensor]) -> None:
+        """Make the descriptors those of these tensors. Raises ValueError for one that TMA cannot start at."""
+        addresses = tuple(tensor.data_ptr() for tensor in tensors)
+        if addresses == self.addresses:
+            return
+        for number, ((name, geometry), address) in enumerate(zip(self.geometry.items(), addresses, strict=True)):
+            check_address(address, name)
+            self.descriptors[number] = encode(geometry, address)
+        self.addresses = addresses
