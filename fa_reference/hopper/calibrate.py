@@ -229,7 +229,7 @@ def together() -> dict:
     for key, head_dim, fp8 in (("d64", 64, False), ("d128", 128, False), ("fp8_d128", 128, True)):
         compiled, each = build("beside", head_dim, fp8=fp8), found.setdefault(key, {})
         for name, (jobs, delay) in (BESIDE | BESIDE_FP8 if fp8 else BESIDE).items():
-            producer = name in BESIDE_FP8
+            producer = fp8 and name in BESIDE_FP8
             if head_dim == 128 and jobs[2] and not producer:
                 continue  # registers for two warpgroups
             out = _run(
