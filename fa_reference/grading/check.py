@@ -25,14 +25,14 @@ NEEDS = {
 
 
 def check(
-    name: str, *, points: int = 1, needs: str | None = None, compiled: bool = False
+    name: str, *, points: int = 1, needs: str | None = None, compiled: bool = False, timed: bool = False
 ) -> Callable[[Callable], Callable]:
     """Mark a pytest function as a graded check.
 
     `name` states the property in words; `needs` is a key of NEEDS, without which the check is reported as not graded
-    here; `compiled` says that it looks at machine code that never runs. The file that is graded follows from the test
-    module: test_naive.py grades naive.py.
+    here; `compiled` says that it looks at machine code that never runs, `timed` that it measures time on the GPU, which
+    it must not share then. The file that is graded follows from the test module: test_naive.py grades naive.py.
     """
     if needs is not None and needs not in NEEDS:
         raise ValueError(f"needs is {needs!r}; allowed: {', '.join(NEEDS)}")
-    return pytest.mark.check(name=name, points=points, needs=needs, compiled=compiled)
+    return pytest.mark.check(name=name, points=points, needs=needs, compiled=compiled, timed=timed)

@@ -96,7 +96,7 @@ class OnHopper:
         """Before any launch."""
         self.kernel.refuses_bad_input(answer)
 
-    @check("speed beside the chapter before and the solution", points=2, needs="hopper")
+    @check("speed beside the chapter before and the solution", points=2, needs="hopper", timed=True)
     def test_speed(self, answer: Answer) -> None:
         """Reported; graded as a share of the solution's."""
         self.kernel.speed(answer, self.previous, self.share_of_the_solution)

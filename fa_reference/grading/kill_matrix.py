@@ -37,18 +37,23 @@ def record_path(device: str) -> Path:
     return RESULTS / f"kill_matrix_{slug(device)}.json"
 
 
-def run_matrix(answers: Sequence[Patched], everything: bool, jobs: int) -> Iterator[tuple[Patched, list[Trial]]]:
-    """Every answer with its trials, as they come; a process takes up to SHARE answers of one chapter."""
+def run_matrix(
+    answers: Sequence[Patched], everything: bool, jobs: int, timed: bool | None = None
+) -> Iterator[tuple[Patched, list[Trial]]]:
+    """Every answer with its trials, as they come; a process takes up to SHARE answers of one chapter.
+
+    timed: only the checks that measure time, or only the others (an answer without such a check is left out).
+    """
     parts = []
     for number in sorted({a.where_it_lives.number for a in answers}):
         labels = [a.label for a in answers if a.where_it_lives.number == number]
         share = min(SHARE, max(1, -(-len(labels) // jobs)))
-        parts += [(number, labels[i : i + share], everything) for i in range(0, len(labels), share)]
+        parts += [(number, labels[i : i + share], everything, timed) for i in range(0, len(labels), share)]
     waiting = {key(a): a for a in answers}
     for done in run_apart(parts, jobs):
         for name in dict.fromkeys(f"{t.chapter} {t.answer}" for t in done):
             yield waiting.pop(name), [t for t in done if f"{t.chapter} {t.answer}" == name]
-    for answer in waiting.values():  # no check of this name
+    for answer in waiting.values() if timed is None else ():  # no check of this name
         yield answer, []
 
 
@@ -168,6 +173,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--without", nargs="*", default=[], help="without answers that have one of these texts in it")
     parser.add_argument("--where", nargs="*", help="only mutants seen there: any, gpu, hopper")
     parser.add_argument("--variants", action="store_true", help="only correct variants, no mutants")
+    parser.add_argument(
+        "--timed", action="store_true", help="only checks that measure time; on a GPU, several jobs leave them out"
+    )
     parser.add_argument("--quick", action="store_true", help="each mutant runs only the check that must kill it")
     parser.add_argument("--repeat", type=int, default=1, help="run all of it so many times")
     parser.add_argument("--jobs", type=int, default=1, help="processes at once")
@@ -196,12 +204,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if not answers:
         print("cannot run: no mutant or variant fits")
         return 2
+    if options.timed and options.jobs > 1:
+        parser.error("--timed runs one process alone on the GPU; allowed: --jobs 1")
+    timed = options.timed or (False if options.jobs > 1 and torch.cuda.is_available() else None)
     began = time.monotonic()
     runs: dict[str, list[list[Trial]]] = {key(a): [] for a in answers}
     entries: dict[str, dict[str, Any]] = {}
     measured: dict[str, Any] = {"device": device_name(), "answers": []}
     for number in range(options.repeat):
-        for answer, trials in run_matrix(answers, not options.quick, options.jobs):
+        for answer, trials in run_matrix(answers, not options.quick, options.jobs, timed):
             runs[key(answer)].append(trials)
             entries[key(answer)] = entry(answer, runs[key(answer)], not options.quick)
             if number == 0:

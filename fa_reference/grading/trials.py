@@ -19,7 +19,7 @@ from fa_reference.grading.mutants import Patched, read_answers
 from fa_reference.grading.report import FAILED, PASSED
 from fa_reference.grading.runner import graded_file, skip_if_not_graded_here, verdict, workshop_for
 
-Wanted = Callable[[Patched, str, str], bool]
+Wanted = Callable[[Patched, str, str], bool]  # answer, file, name of a check
 
 
 @dataclass(frozen=True)
@@ -54,11 +54,14 @@ def only_its_own_check(answer: Patched, file: str, check: str) -> bool:
 class TrialPlugin:
     """The pytest plugin that runs every wanted check once for each answer."""
 
-    def __init__(self, where: Chapter, answers: Sequence[Patched], wanted: Wanted, folder: Path) -> None:
+    def __init__(
+        self, where: Chapter, answers: Sequence[Patched], wanted: Wanted, folder: Path, timed: bool | None
+    ) -> None:
         self.where = where
         self.answers = answers
         self.wanted = wanted
         self.folder = folder
+        self.timed = timed
         self.trials: list[Trial] = []
         self.workshop = workshop_for(where)
 
@@ -67,9 +70,11 @@ class TrialPlugin:
 
     def pytest_generate_tests(self, metafunc: pytest.Metafunc) -> None:
         checks = Path(metafunc.module.__file__)
-        name = metafunc.definition.get_closest_marker("check").kwargs["name"]
+        about = metafunc.definition.get_closest_marker("check").kwargs
+        name = about["name"]
         file = graded_file(self.where, checks)
-        chosen = [a for a in self.answers if reaches(a, checks) and self.wanted(a, file, name)]
+        now = self.timed in (None, about["timed"])
+        chosen = [a for a in self.answers if now and reaches(a, checks) and self.wanted(a, file, name)]
         metafunc.parametrize("answer", chosen, ids=[a.label for a in chosen], indirect=True)
 
     def pytest_collection_modifyitems(self, items: list[pytest.Item]) -> None:
@@ -98,16 +103,16 @@ class TrialPlugin:
         return report
 
 
-def run_trials(number: int, labels: Sequence[str], everything: bool = False) -> list[Trial]:
+def run_trials(number: int, labels: Sequence[str], everything: bool = False, timed: bool | None = None) -> list[Trial]:
     """Run a chapter's checks on the answers with these labels; `everything`: every check that reads the patched file.
 
-    RuntimeError if pytest could not run the checks.
+    timed: only the checks that measure time, or only the others; None: both. RuntimeError if pytest could not run them.
     """
     where = chapter(number)
     answers = [a for a in read_answers(number) if a.label in labels]
     wanted = (lambda *_: True) if everything else only_its_own_check
     with tempfile.TemporaryDirectory() as folder:
-        plugin = TrialPlugin(where, answers, wanted, Path(folder))
+        plugin = TrialPlugin(where, answers, wanted, Path(folder), timed)
         options = ["-p", "no:terminal", "-p", "no:cacheprovider", "-o", "addopts=", "--import-mode=importlib"]
         try:
             status = pytest.main([str(where.tests), *options], plugins=[plugin])
@@ -118,7 +123,7 @@ def run_trials(number: int, labels: Sequence[str], everything: bool = False) -> 
     return plugin.trials
 
 
-def run_apart(parts: Sequence[tuple[int, Sequence[str], bool]], jobs: int = 1) -> Iterator[list[Trial]]:
+def run_apart(parts: Sequence[tuple[int, Sequence[str], bool, bool | None]], jobs: int = 1) -> Iterator[list[Trial]]:
     """`run_trials` for every part, each in a process of its own, `jobs` at a time; results as they come."""
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(jobs, mp_context=context, max_tasks_per_child=1) as pool:

@@ -122,7 +122,7 @@ def test_bad_input(answer: Answer) -> None:
     properties.refuses_bad_input(answer, HOST, device="cuda", dtype=torch.float16)
 
 
-@check("blocks that nobody sees are skipped", points=1, needs="gpu")
+@check("blocks that nobody sees are skipped", points=1, needs="gpu", timed=True)
 def test_skips(answer: Answer) -> None:
     cuda.require_written(answer, FILE)
     full, causal = (answer.call(HOST, "milliseconds", STEP, 2, 16, 4096, 128, c, device="cuda") for c in (False, True))
@@ -132,7 +132,7 @@ def test_skips(answer: Answer) -> None:
         )
 
 
-@check("at least 0.8 of the solution's speed", points=2, needs="gpu")
+@check("at least 0.8 of the solution's speed", points=2, needs="gpu", timed=True)
 def test_speed(answer: Answer) -> None:
     cuda.require_written(answer, FILE)
     for head_dim, causal in ((64, False), (128, False), (128, True)):

@@ -95,7 +95,7 @@ def test_bad_input(answer: Answer) -> None:
     KERNEL.refuses_bad_input(answer)
 
 
-@check("at least 0.8 of the solution's speed", points=2, needs="hopper")
+@check("at least 0.8 of the solution's speed", points=2, needs="hopper", timed=True)
 def test_speed(answer: Answer) -> None:
     cuda.require_written(answer, KERNEL.file)
     mine, solution = cuda.best_times(answer, KERNEL.host, [KERNEL.solution], *PROBLEM)

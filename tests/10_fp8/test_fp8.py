@@ -134,6 +134,6 @@ def test_deterministic(answer: Answer) -> None:
     cuda.deterministic(answer, HOST, FILE, "forward", case)
 
 
-@check("at least 0.8 of the solution's speed", points=2, needs="hopper")
+@check("at least 0.8 of the solution's speed", points=2, needs="hopper", timed=True)
 def test_speed(answer: Answer) -> None:
     KERNEL.speed(answer, ROOT / "solutions" / "09_two_stage" / "fa3.py", 0.8)
