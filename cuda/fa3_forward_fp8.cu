@@ -16,7 +16,6 @@
 //   turns        cost more than they bring; the switch is there.
 #include "hopper/base.cuh"
 #include "hopper/fp8.cuh"
-#include "hopper/grid.cuh"
 #include "hopper/mbarrier.cuh"
 #include "hopper/named_barrier.cuh"
 #include "hopper/registers.cuh"
@@ -437,7 +436,6 @@ extern "C" __global__ void __launch_bounds__(kThreads, kBlocksPerSM)
         }
         mbarrier_init_fence();
     }
-    grid_wait();  // for the quantiser
     __syncthreads();
 
     if (warpgroup == 0) {

@@ -220,7 +220,6 @@ def forward_fp8(
     scale: float | None = None,
     v_transposed: bool = False,
     two_level: bool = False,
-    early: bool = False,
     config: Config | None = None,
     debug: bool = False,
     source: Path = SOURCE,
@@ -236,7 +235,6 @@ def forward_fp8(
     Returns o (B, Hq, Nq, d) bfloat16 and lse (B, Hq, Nq) fp32, natural log; a row without visible keys has o = 0 and
     lse = -inf. `causal` is aligned bottom-right; `scale` defaults to 1/sqrt(d). `two_level` adds up the blocks' P V in
     fp32 instead of the tensor core's 14 bits (not at head_dim 256: two such sums do not fit into the registers).
-    `early`: the kernel's start may overlap with the end of the kernel that was queued before it (its reads do not).
     `config` replaces the tile sizes; `debug` uses the build with bounded waits and raises KernelDeadlock instead of
     hanging; `source` replaces the kernel's file. Raises ValueError for bad input, KernelUnavailable without such a GPU.
     """
@@ -268,8 +266,7 @@ def forward_fp8(
         if v_scale.dim() == 3 and v_scale.data_ptr() % 16:  # read four at a time
             v_scale = v_scale.clone()
         pointers = {"q_scale": q_scale.data_ptr(), "k_scale": k_scale.data_ptr(), "v_scale": v_scale.data_ptr()}
-        early = early and not torch.cuda.is_current_stream_capturing()  # there the counter's zeros come in between
-        plan.launch((q, k, v, o), (lse,), early=early, **pointers)
+        plan.launch((q, k, v, o), (lse,), **pointers)
     if debug:
         plan.check_deadlock(BARRIER_NAMES)
     return o, lse
@@ -297,7 +294,7 @@ def forward(
 
     Shapes, lse, causal and scale as in `forward_fp8`; raises what that and `quantise_fp8.quantise` raise.
     """
-    return forward_fp8(**quantised(q, k, v, seed=seed), causal=causal, scale=scale, early=True)
+    return forward_fp8(**quantised(q, k, v, seed=seed), causal=causal, scale=scale)
 
 
 def _check(

@@ -19,7 +19,6 @@
 // about how many blocks run at the same time.
 #include "hopper/base.cuh"
 #include "hopper/fp8.cuh"
-#include "hopper/grid.cuh"
 #include "hopper/mbarrier.cuh"
 #include "hopper/sync.cuh"
 #include "hopper/tma.cuh"
@@ -315,7 +314,6 @@ extern "C" __global__ void __launch_bounds__(kThreads, kBlocksPerSM)
     }
     if (kRotate && threadIdx.x < kHeadDim)
         reinterpret_cast<u16*>(shared.flips)[threadIdx.x] = problem.signs[threadIdx.x] < 0 ? 0x8000 : 0;
-    grid_next_may_start();  // attention: it finds room on an SM when a block here has ended
     __syncthreads();
 
     int slot = 0, previous = 0;

@@ -117,7 +117,7 @@ def launch(which: str) -> None:
                     ]
                     short = fa3_forward_fp8.SHORT.get(head_dim) if v_transposed else None
                     for config in filter(None, (tiles, short)):
-                        fa3_forward_fp8.forward_fp8(**vars(codes), causal=causal, config=config, early=True)
+                        fa3_forward_fp8.forward_fp8(**vars(codes), causal=causal, config=config)
             if head_dim == 128:
                 chapter10.forward_fp8(**chapter10.quantised(q, k, v), causal=True)
     torch.cuda.synchronize()

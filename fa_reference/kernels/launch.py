@@ -82,37 +82,18 @@ class LoadedKernel:
                 self._functions[device] = function
         return self._functions[device]
 
-    def launch(self, device: int, grid: Sequence[int], arguments: Arguments, *, early: bool = False) -> None:
+    def launch(self, device: int, grid: Sequence[int], arguments: Arguments) -> None:
         """Queue the kernel on torch's current stream of `device`, which must be the current device.
 
-        `early` lets it start while the kernel before it ends (programmatic dependent launch): only for a kernel that
-        calls grid_wait() of cuda/hopper/grid.cuh. Returns at once; may be captured into a CUDA graph after a first
-        ordinary launch.
+        Returns at once; may be captured into a CUDA graph after a first ordinary launch.
         """
         function = self._functions.get(device) or self._function(device)
         x, y, z = (*grid, 1, 1)[:3]
         stream = torch._C._cuda_getCurrentRawStream(device)
-        if early:
-            options = self._driver.CUlaunchConfig()
-            options.gridDimX, options.gridDimY, options.gridDimZ = x, y, z
-            options.blockDimX, options.blockDimY, options.blockDimZ = self.threads, 1, 1
-            options.sharedMemBytes, options.hStream = self.shared_bytes, stream
-            options.attrs, options.numAttrs = [self._early()], 1
-            (status,) = self._driver.cuLaunchKernelEx(options, function, arguments.address, 0)
-        else:
-            (status,) = self._driver.cuLaunchKernel(
-                function, x, y, z, self.threads, 1, 1, self.shared_bytes, stream, arguments.address, 0
-            )
+        (status,) = self._driver.cuLaunchKernel(
+            function, x, y, z, self.threads, 1, 1, self.shared_bytes, stream, arguments.address, 0
+        )
         _check(status, f"launching {self.name} with grid {tuple(grid)}")
-
-    def _early(self) -> object:
-        """The attribute of a launch that need not wait for the end of the kernel before it."""
-        driver = self._driver
-        attribute, value = driver.CUlaunchAttribute(), driver.CUlaunchAttributeValue()
-        attribute.id = driver.CUlaunchAttributeID.CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
-        value.programmaticStreamSerializationAllowed = 1
-        attribute.value = value
-        return attribute
 
     def _global(self, name: str) -> tuple[object, int]:
         """Address and size in bytes of a __device__ variable of the kernel's file; waits for the GPU."""

@@ -67,13 +67,8 @@ class PersistentLauncher:
         self.tiles_drawn = StreamState(1, device)
         self.lock = threading.Lock()
 
-    def launch(
-        self, mapped: Sequence[Tensor], outputs: Sequence[Tensor], *, early: bool = False, **pointers: int
-    ) -> None:
-        """Queue the kernel on the current stream of the current device; `pointers` are fields of `problem`.
-
-        `early` as in LoadedKernel.launch.
-        """
+    def launch(self, mapped: Sequence[Tensor], outputs: Sequence[Tensor], **pointers: int) -> None:
+        """Queue the kernel on the current stream of the current device; `pointers` are fields of `problem`."""
         with self.lock:  # the arguments are shared by all calls, and copied by the driver when it queues the kernel
             self.maps.point_at(mapped)
             for name, value in pointers.items():
@@ -82,7 +77,7 @@ class PersistentLauncher:
             self.counter.value = counter.data_ptr()
             for slot, output in zip(self.outputs, outputs, strict=True):
                 slot.value = output.data_ptr()
-            self.kernel.launch(self.device, self.grid, self.arguments, early=early)
+            self.kernel.launch(self.device, self.grid, self.arguments)
 
     def check_deadlock(self, barrier_names: Sequence[str]) -> None:
         """After a launch of a debug build: raise KernelDeadlock if a wait ran out of time."""
