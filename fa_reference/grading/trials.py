@@ -5,6 +5,7 @@ one preloaded process, so that a trial costs little more than the learner's code
 """
 
 import multiprocessing
+import os
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
@@ -12,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+import torch
 
 from fa_reference.course import Chapter, chapter
 from fa_reference.grading.answer import Answer
@@ -126,7 +128,10 @@ def run_trials(number: int, labels: Sequence[str], everything: bool = False, tim
 def run_apart(parts: Sequence[tuple[int, Sequence[str], bool, bool | None]], jobs: int = 1) -> Iterator[list[Trial]]:
     """`run_trials` for every part, each in a process of its own, `jobs` at a time; results as they come."""
     context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(jobs, mp_context=context, max_tasks_per_child=1) as pool:
+    threads = (
+        max(1, (os.cpu_count() or 1) // jobs),
+    )  # of torch: all of them in every process would wait for each other
+    with ProcessPoolExecutor(jobs, context, torch.set_num_threads, threads, max_tasks_per_child=1) as pool:
         for done in as_completed([pool.submit(run_trials, *part) for part in parts]):
             yield done.result()
 
