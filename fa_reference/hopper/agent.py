@@ -99,7 +99,6 @@ class Agent:
         self.known: set[Fact] = set()
         self.work: list[Work] = []
         self.calculating = False  # on a tile, right now
-        self.turning = False  # has read a tile of bytes transposed, and not stored it yet
         self.fragments: weakref.WeakSet[Fragment] = weakref.WeakSet()
         self.peak_registers = 0
         self.fences = 0  # wgmma.fence executed so far

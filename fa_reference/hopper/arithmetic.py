@@ -18,13 +18,12 @@ A tile is worked off in slices, so that warpgroups share units fairly and feel t
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
-from fa_reference.hopper.registers import Fragment, Work
+from fa_reference.hopper.registers import Work
 
 if TYPE_CHECKING:
     from fa_reference.hopper.agent import Agent
 
 SLICES = 4
-PIECE = 16 * 32  # bytes: of V, turned round by one warp at once
 SMALL = 512  # values: a statistic of each row, two registers a thread, is no tile; its latency counts
 
 
@@ -71,8 +70,6 @@ async def _tile(wg: "Agent", run: Sequence[Work]) -> None:
         beside = units["wgmma"].free_at > begin
         others = sum(other.calculating for other in wg.others())
         shared = 1 + (timing.lost_beside if beside else timing.lost_together) / others if others else 1.0
-        if any(other.turning for other in wg.others()):
-            shared *= 1 + timing.lost_turning
         for item in run:
             slower = shared * (factors.get(item.unit, timing.alu_beside) if beside else 1.0)
             _, finish = units[item.unit].reserve(
@@ -86,12 +83,3 @@ async def _tile(wg: "Agent", run: Sequence[Work]) -> None:
     if run[0].reduces:
         factor = timing.alu_beside if units["wgmma"].free_at > wg.sm.now else 1.0
         await wg.sleep_until(wg.sm.now + timing.quad_reduce * factor)
-
-
-async def turn_pieces(wg: "Agent", tile: Fragment) -> None:
-    """What turning a tile of bytes takes: in each of the four warps one piece of 16 x 32 after the other, none of whose
-    instructions (ldmatrix, byte permutations, stmatrix) overlap with the next piece's."""
-    timing, wg.turning = wg.sm.timing, True
-    for _ in range(-(-tile.values.size // (4 * PIECE))):
-        slower = 1 + timing.turn_beside * sum(other.calculating for other in wg.others())
-        await wg.sleep_until(wg.sm.now + wg.sm.luck.vary(timing.turn_piece * slower))

@@ -5,10 +5,9 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from fa_reference.hopper.agent import Agent, Group, instruction
-from fa_reference.hopper.arithmetic import turn_pieces
 from fa_reference.hopper.barriers import Mbarrier
 from fa_reference.hopper.memory import DTYPE_BYTES, Buffer, GlobalTensor, round_to
-from fa_reference.hopper.registers import ROWS, Fragment
+from fa_reference.hopper.registers import ROWS, Fragment, Work
 from fa_reference.hopper.rules import IllegalOperand
 
 if TYPE_CHECKING:
@@ -31,8 +30,7 @@ class Copies(Agent):
 
         Rows outside the tensor become zeros. Returns at once; the tile is there when the mbarrier's phase completes.
         """
-        clocks = self.sm.timing.tma_issue
-        await self.issue("TMA load", buffer.name, source=source.name, amount=buffer.bytes, clocks=clocks)
+        await self.issue("TMA load", buffer.name, source=source.name, amount=buffer.bytes)
         self._check_box(buffer, source)
         buffer.source = source.name
         access = self.access(buffer, "TMA load", writes=True, generic=False, mbarrier=mbarrier)
@@ -118,7 +116,7 @@ class Copies(Agent):
             raise IllegalOperand(message, **self.where(buffer.name))
         tile = await self._load_shared("ldmatrix.trans", buffer, columns.T)
         if DTYPE_BYTES[buffer.dtype] == 1:
-            await turn_pieces(self, tile)
+            self.work.append(Work("ALU", 128 * tile.registers, "prmt", self.iteration))
         return tile
 
     async def _load_shared(self, what: str, buffer: Buffer, values: np.ndarray) -> Fragment:
@@ -141,7 +139,6 @@ class Copies(Agent):
         buffer.data[row : row + ROWS] = round_to(tile.values, buffer.dtype)
         size = tile.shape[0] * tile.shape[1] * DTYPE_BYTES[buffer.dtype]
         await self.sleep_until(self.sm.units["smem"].reserve(size, self, f"store {buffer.name}", self.iteration)[1])
-        self.turning = False
         self.known.add((access, "over"))
 
     @instruction

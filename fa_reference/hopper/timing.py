@@ -30,30 +30,14 @@ def _value(default: float, source: str) -> float:
 def _measured(what: str, compute: Callable[..., float], *entries: str) -> float:
     """A value computed from entries of the record, such as "units.exp2.latency"."""
     numbers = [reduce(lambda found, key: found[key], entry.split("."), _RECORDED) for entry in entries]
-    device = _RECORDED["provenance"]["device"]
-    return _value(round(compute(*numbers), 3), f"{what}; {device}: {', '.join(entries)}")
+    device, date = _RECORDED["provenance"]["device"], _RECORDED["provenance"]["date"][:10]
+    return _value(round(compute(*numbers), 3), f"{what}; {device}, {date}: {', '.join(entries)}")
 
 
 def _beside(unit: str, what: str) -> float:
     """By how much a warp's instructions of one kind slow down while the tensor cores are busy all the time."""
     entries = (f"units.{unit}.clocks_beside_SS", f"units.{unit}.clocks_by_warps.1")
     return _measured(what, lambda beside, alone: 1 + (beside / alone - 1) / _BUSY, *entries)
-
-
-_SMALL_L2 = "tma.L2.latency_2048_bytes"
-_TURNING = "together.fp8_d128.turning V round"
-
-
-def _tma_latency(level: str) -> float:
-    """From a load's issue to its bytes' completion; the model has the rest apart."""
-    return _measured(
-        f"a load of 2 KB from {level} until a waiter sees it, less issuing, its bytes, and how long the mbarrier takes",
-        lambda clocks, issuing, rate, hand_over: clocks - issuing - 2048 / rate - (hand_over - 4),
-        f"tma.{level}.latency_2048_bytes.median",
-        f"tma.{level}.latency_2048_bytes.issuing",
-        f"tma.{level}.bytes_per_clk_one_sm",
-        "barriers.mbarrier_hand_over",
-    )
 
 
 @dataclass(frozen=True)
@@ -119,29 +103,17 @@ class Timing:
     hbm_bytes_per_clk: float = _measured(
         "the same, all SMs loading different ones from HBM", lambda x: x, "tma.HBM.bytes_per_clk_all_sms_apart"
     )
-    tma_issue: float = _measured(
-        "announcing the bytes and issuing a load, less the announcement's 4", lambda x: x - 4, f"{_SMALL_L2}.issuing"
+    tma_l2_latency: float = _measured(
+        "a load of 2 KB from L2, less its bytes",
+        lambda clocks, rate: clocks - 2048 / rate,
+        "tma.L2.latency_2048_bytes.median",
+        "tma.L2.bytes_per_clk_one_sm",
     )
-    tma_l2_latency: float = _tma_latency("L2")
-    tma_hbm_latency: float = _tma_latency("HBM")
-    turn_piece: float = _measured(
-        "turning V round: a warp's 16 keys x 32 channels (ldmatrix, byte permutations, stmatrix, then the next piece), "
-        "of which it has 8 in a block of 128 keys; less the bytes stored, which the model has apart",
-        lambda block, barrier: (block - barrier) / 8 - 2048 / 128,
-        f"{_TURNING} alone.other",
-        "barriers.named_barrier_sync_alone",
-    )
-    turn_beside: float = _measured(
-        "how much slower that gets for each other warpgroup that calculates: two softmax steps beside it",
-        lambda beside, alone: (beside / alone - 1) / 2,
-        "together.fp8_d128.beside softmax and turning V round.other",
-        f"{_TURNING} alone.other",
-    )
-    lost_turning: float = _measured(
-        "share lost by who calculates while another warpgroup turns V round",
-        lambda beside, alone: beside / alone - 1,
-        "together.fp8_d128.beside turning V round.softmax",
-        "together.fp8_d128.alone.softmax",
+    tma_hbm_latency: float = _measured(
+        "a load of 2 KB from HBM, less its bytes",
+        lambda clocks, rate: clocks - 2048 / rate,
+        "tma.HBM.latency_2048_bytes.median",
+        "tma.HBM.bytes_per_clk_one_sm",
     )
     math_latency: float = _measured("fma to an fma that needs it", lambda x: x, "units.fma.latency")
     exp_latency: float = _measured("the same for ex2", lambda x: x, "units.exp2.latency")
