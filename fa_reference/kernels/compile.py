@@ -27,7 +27,7 @@ from fa_reference.kernels.errors import KernelUnavailable
 
 ARCH = "sm_90a"  # Hopper with its own instructions (wgmma, setmaxnreg); runs on compute capability 9.0 only
 _INCLUDE = re.compile(r'^[ \t]*#[ \t]*include[ \t]*"([^"]+)"', re.MULTILINE)
-_FORMAT = 2  # of the cache files
+_FORMAT = 1  # of the cache files
 _importing = threading.Lock()  # cuda.core cannot be imported by two threads at once
 
 
@@ -129,15 +129,14 @@ def compile_kernel(
     }
     version = compiler_version()
     digest = hashlib.sha256()
-    for part in (str(_FORMAT), version, json.dumps(settings, sort_keys=True)):
+    for part in (str(_FORMAT), version, json.dumps(settings, sort_keys=True), str(path)):
         digest.update(part.encode() + b"\0")
     for file in (path, *included_files(path, folders)):
         digest.update(file.name.encode() + b"\0" + file.read_bytes() + b"\0")
     key = digest.hexdigest()[:32]
     stored = cache_folder() / f"{path.stem}-{key}.json"
     if use_cache and (hit := _read(stored)) is not None:
-        log = hit["log"].replace(hit["source"], _shown(path))  # the same text may have lain elsewhere
-        return CompiledKernel(path, base64.b64decode(hit["cubin"]), log, key, arch, version, 0.0, True)
+        return CompiledKernel(path, base64.b64decode(hit["cubin"]), hit["log"], key, arch, version, 0.0, True)
 
     Program, ProgramOptions = _cuda_core()
     log = io.StringIO()
@@ -154,7 +153,7 @@ def compile_kernel(
     seconds = time.perf_counter() - started
     messages = log.getvalue().replace("\0", "").strip()
     if use_cache:
-        _write(stored, {"cubin": base64.b64encode(cubin).decode(), "log": messages, "source": _shown(path)})
+        _write(stored, {"cubin": base64.b64encode(cubin).decode(), "log": messages})
     return CompiledKernel(path, cubin, messages, key, arch, version, seconds, False)
 
 
@@ -193,7 +192,7 @@ def _cuda_core() -> tuple[type, type]:
 def _read(file: Path) -> dict[str, str] | None:
     try:
         content = json.loads(file.read_text())
-        return content if {"cubin", "log", "source"} <= content.keys() else None
+        return content if {"cubin", "log"} <= content.keys() else None
     except (OSError, ValueError, AttributeError):
         return None  # not there, or damaged: compile again
 

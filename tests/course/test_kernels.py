@@ -59,18 +59,6 @@ def test_cache_hits_and_notices_every_change(kernel_file):
     assert changed.cubin != first.cubin
 
 
-def test_the_same_text_elsewhere_is_a_hit_whose_warnings_name_the_other_file(kernel_file, tmp_path):
-    text = SIMPLE.replace("{\n", "{\n    int unused;\n")
-    first = compile_kernel(kernel_file(text), defines={"FACTOR": 2})
-    (tmp_path / "else").mkdir()
-    second = compile_kernel(kernel_file(text, "else/kernel.cu"), defines={"FACTOR": 2})
-    assert (first.from_cache, second.from_cache) == (False, True)
-    assert second.cubin == first.cubin
-    assert "kernel.cu(2)" in first.log
-    assert "else/kernel.cu(2)" not in first.log
-    assert "else/kernel.cu(2)" in second.log
-
-
 def test_a_damaged_cache_file_is_compiled_again(kernel_file, tmp_path):
     source = kernel_file(SIMPLE)
     compile_kernel(source, defines={"FACTOR": 2})
