@@ -124,14 +124,18 @@ def merge(measured: dict[str, Any]) -> Path:
 
 
 def together(old: dict[str, Any], new: dict[str, Any]) -> dict[str, Any]:
-    """Two entries of the same answer as one: the newer message, all checks that ran, the runs added up."""
+    """Two entries of the same answer as one: the newer message, all checks that ran, the runs added up.
+
+    Without a check in common they are parts of a run, such as those that measure time and the others.
+    """
     states = {**old["states"], **new["states"]}
     states |= {c: SOMETIMES for c, state in old["states"].items() if state != states[c]}
+    counts = (old["repetitions"], new["repetitions"])
     return {
         **new,
         "states": states,
         "every_check": old["every_check"] or new["every_check"],
-        "repetitions": old["repetitions"] + new["repetitions"],
+        "repetitions": max(counts) if old["states"].keys().isdisjoint(new["states"]) else sum(counts),
         "same_in_every_run": judged_alike(bool(new["bug"]), new["check"], states),
     }
 
@@ -214,7 +218,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for number in range(options.repeat):
         for answer, trials in run_matrix(answers, not options.quick, options.jobs, timed):
             runs[key(answer)].append(trials)
-            entries[key(answer)] = entry(answer, runs[key(answer)], not options.quick)
+            entries[key(answer)] = entry(answer, runs[key(answer)], not options.quick and timed is None)
             if number == 0:
                 _show(answer, entries[key(answer)], trials, options.messages)
             measured["answers"] = list(entries.values())

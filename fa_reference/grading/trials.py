@@ -7,10 +7,11 @@ one preloaded process, so that a trial costs little more than the learner's code
 import multiprocessing
 import os
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -21,7 +22,7 @@ from fa_reference.grading.mutants import Patched, read_answers
 from fa_reference.grading.report import FAILED, PASSED
 from fa_reference.grading.runner import graded_file, skip_if_not_graded_here, verdict, workshop_for
 
-Wanted = Callable[[Patched, str, str], bool]  # answer, file, name of a check
+Wanted = Callable[[Patched, str, Mapping[str, Any]], bool]  # answer, file and marker of a check
 
 
 @dataclass(frozen=True)
@@ -48,22 +49,19 @@ def reaches(answer: Patched, checks: Path) -> bool:
     return own or f'"{answer.file}"' in checks.read_text(encoding="utf-8")
 
 
-def only_its_own_check(answer: Patched, file: str, check: str) -> bool:
+def only_its_own_check(answer: Patched, file: str, about: Mapping[str, Any]) -> bool:
     """A mutant runs the check that must kill it, a correct variant all of them."""
-    return not answer.is_mutant or (answer.checked_in, answer.check) == (file, check)
+    return not answer.is_mutant or (answer.checked_in, answer.check) == (file, about["name"])
 
 
 class TrialPlugin:
     """The pytest plugin that runs every wanted check once for each answer."""
 
-    def __init__(
-        self, where: Chapter, answers: Sequence[Patched], wanted: Wanted, folder: Path, timed: bool | None
-    ) -> None:
+    def __init__(self, where: Chapter, answers: Sequence[Patched], wanted: Wanted, folder: Path) -> None:
         self.where = where
         self.answers = answers
         self.wanted = wanted
         self.folder = folder
-        self.timed = timed
         self.trials: list[Trial] = []
         self.workshop = workshop_for(where)
 
@@ -73,10 +71,8 @@ class TrialPlugin:
     def pytest_generate_tests(self, metafunc: pytest.Metafunc) -> None:
         checks = Path(metafunc.module.__file__)
         about = metafunc.definition.get_closest_marker("check").kwargs
-        name = about["name"]
         file = graded_file(self.where, checks)
-        now = self.timed in (None, about["timed"])
-        chosen = [a for a in self.answers if now and reaches(a, checks) and self.wanted(a, file, name)]
+        chosen = [a for a in self.answers if reaches(a, checks) and self.wanted(a, file, about)]
         metafunc.parametrize("answer", chosen, ids=[a.label for a in chosen], indirect=True)
 
     def pytest_collection_modifyitems(self, items: list[pytest.Item]) -> None:
@@ -112,9 +108,12 @@ def run_trials(number: int, labels: Sequence[str], everything: bool = False, tim
     """
     where = chapter(number)
     answers = [a for a in read_answers(number) if a.label in labels]
-    wanted = (lambda *_: True) if everything else only_its_own_check
+
+    def wanted(answer: Patched, file: str, about: Mapping[str, Any]) -> bool:
+        return timed in (None, about["timed"]) and (everything or only_its_own_check(answer, file, about))
+
     with tempfile.TemporaryDirectory() as folder:
-        plugin = TrialPlugin(where, answers, wanted, Path(folder), timed)
+        plugin = TrialPlugin(where, answers, wanted, Path(folder))
         options = ["-p", "no:terminal", "-p", "no:cacheprovider", "-o", "addopts=", "--import-mode=importlib"]
         try:
             status = pytest.main([str(where.tests), *options], plugins=[plugin])
@@ -128,10 +127,8 @@ def run_trials(number: int, labels: Sequence[str], everything: bool = False, tim
 def run_apart(parts: Sequence[tuple[int, Sequence[str], bool, bool | None]], jobs: int = 1) -> Iterator[list[Trial]]:
     """`run_trials` for every part, each in a process of its own, `jobs` at a time; results as they come."""
     context = multiprocessing.get_context("spawn")
-    threads = (
-        max(1, (os.cpu_count() or 1) // jobs),
-    )  # of torch: all of them in every process would wait for each other
-    with ProcessPoolExecutor(jobs, context, torch.set_num_threads, threads, max_tasks_per_child=1) as pool:
+    threads = max(1, (os.cpu_count() or 1) // jobs)  # of torch: as many as cores in every process would be in the way
+    with ProcessPoolExecutor(jobs, context, torch.set_num_threads, (threads,), max_tasks_per_child=1) as pool:
         for done in as_completed([pool.submit(run_trials, *part) for part in parts]):
             yield done.result()
 

@@ -6,13 +6,12 @@ from fa_reference.kernels.errors import KernelCompileError, KernelDeadlock, Kern
 from fa_reference.kernels.launch import Arguments, LoadedKernel, require_hopper
 from fa_reference.kernels.sass import count_instructions, instructions_between, sass_instructions, sass_listing
 from fa_reference.kernels.stream_state import StreamState
-from fa_reference.kernels.tma import Descriptor, Maps, TileGeometry, encode, tile_geometry
+from fa_reference.kernels.tma import Maps, TileGeometry, encode, tile_geometry
 
 __all__ = [
     "Arguments",
     "BuildReport",
     "CompiledKernel",
-    "Descriptor",
     "KernelCompileError",
     "KernelDeadlock",
     "KernelUnavailable",

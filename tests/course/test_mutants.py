@@ -6,10 +6,10 @@ import pytest
 import torch
 
 from fa_reference.course import CHAPTERS
-from fa_reference.grading.kill_matrix import key, run_matrix
+from fa_reference.grading.kill_matrix import key, run_matrix, together
 from fa_reference.grading.kill_page import records
 from fa_reference.grading.mutants import ANYWHERE, BadMutant, Patched, read_answers
-from fa_reference.grading.report import FAILED, NOT_GRADED
+from fa_reference.grading.report import FAILED, NOT_GRADED, PASSED
 from fa_reference.grading.trials import Trial, problem
 
 JOBS = min(2, os.cpu_count() or 1)
@@ -72,3 +72,14 @@ def test_a_mutant_that_survives_is_reported(trials_of):
     assert problem(real, passed).startswith("survives ")
     other = [Trial(**{**t.__dict__, "message": "something else"}) for t in trials_of(real)]
     assert problem(real, other).startswith("the message lacks ")
+
+
+def test_runs_of_the_same_check_add_up_and_parts_of_a_run_do_not():
+    def entry(**states: str) -> dict:
+        return {"bug": "", "check": "", "states": states, "every_check": True, "repetitions": 1}
+
+    numbers, speed = entry(numbers=PASSED), entry(speed=PASSED)
+    assert together(numbers, speed)["repetitions"] == 1
+    assert together(numbers, speed)["states"] == {"numbers": PASSED, "speed": PASSED}
+    assert together(numbers, numbers)["repetitions"] == 2
+    assert not together(numbers, entry(numbers=FAILED))["same_in_every_run"]
