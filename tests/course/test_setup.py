@@ -120,10 +120,10 @@ def room(tmp_path):
 
         def start(self):
             command = ["make", "setup"]
-            pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-            return subprocess.Popen(
-                command, cwd=folder, env=CLEAN | {"PATH": str(tools)}, start_new_session=True, **pipes
-            )
+            options = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "start_new_session": True}
+            # A shell starts `make test &` with Ctrl-C ignored, and that would be handed on.
+            options["preexec_fn"] = lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)
+            return subprocess.Popen(command, cwd=folder, env=CLEAN | {"PATH": str(tools)}, **options)
 
         @property
         def pip_calls(self):
